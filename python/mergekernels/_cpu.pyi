@@ -1,0 +1,140 @@
+"""Types of the native CPU module. Views are tuples, so that native code needs no Python classes."""
+
+from typing import Any
+
+# (ptr, dtype code, cast code or -1, shape, strides in elements)
+View = tuple[int, int, int, tuple[int, ...], tuple[int, ...]]
+# (g0, rows, cols, ld)
+Box = tuple[int, int, int, int]
+
+class Buffer:
+    """Page-aligned zero-cost memory, reused between tiles; supports the (writable) buffer protocol."""
+
+    ptr: int
+    nbytes: int
+    def __init__(self, nbytes: int) -> None: ...
+    def __buffer__(self, flags: int) -> memoryview: ...
+
+class SweepStats:
+    """Accumulator of one sweep over any number of tensors. Thread safe. See ops.program.Sweep."""
+
+    def __init__(
+        self, stages: list[int], lo: list[int], hi: list[int], tau: list[int], order: int, capacity: int
+    ) -> None:
+        """Per model: stage 0 = left out, 1 = key, 2 = tie. order: 0 = hash, 1 = index. capacity: entries kept per model."""
+
+    def before(self, model: int) -> int: ...
+    def inside(self, model: int) -> int: ...
+    def overflowed(self, model: int) -> bool: ...
+    def histogram(self, model: int) -> list[int]:
+        """Counts of the NUM_BINS bins, valid whether or not the entries overflowed."""
+
+    def order_statistics(self, model: int, ranks: list[int]) -> list[int]:
+        """The ranks-th (1-based) ordinals, counted from the one furthest ahead. Only if not overflowed."""
+
+    def count_ordinal(self, model: int, ordinal: int) -> tuple[int, int]:
+        """(number of entries ahead of `ordinal`, number equal to it). Only if not overflowed."""
+
+    def tie_point(
+        self,
+        model: int,
+        rank: int,
+        tau: int,
+        order: int,
+        seed: int,
+        offsets: list[int],
+        tensor_ids: list[int],
+    ) -> tuple[int, int]:
+        """(word, scope index) of the rank-th (1-based) entry with key `tau`.
+
+        Order hash: by (Philox word, scope index); order index: by scope index, and the word is 0. Stage key: the entries with
+        ordinal `tau`; stage tie: all entries. offsets: scope index of the first element of each tensor, ascending.
+        """
+
+    def nonfinite(self, source: int) -> tuple[int, int]:
+        """(first scope index or -1, count) of NaN or Inf in the values of model `source`, or of the base (source = models)."""
+
+    def add(self, model: int, before: int, ordinals: Any, indices: Any) -> None:
+        """For backends in Python: entries as contiguous buffers of uint64."""
+
+    def add_nonfinite(self, source: int, first: int, count: int) -> None: ...
+    def merge(self, other: SweepStats) -> None: ...
+    def dump(self) -> bytes: ...
+    @staticmethod
+    def load(data: bytes) -> SweepStats: ...
+
+class StreamStats:
+    """Counters of one `stream` pass over one tensor (or a scope). Thread safe."""
+
+    def __init__(self, num_models: int, num_blocks: int) -> None:
+        """num_blocks: canonical blocks of the tensor for the norms, 0 for no norms."""
+
+    num_blocks: int
+    num_models: int
+    def kept(self, model: int) -> int:
+        """Elements kept whose delta is not zero."""
+
+    def conflicts(self) -> int:
+        """Elements where kept weighted deltas of both signs meet."""
+
+    def votes(self) -> tuple[int, int]:
+        """(elements with weighted sum s > 0, with s < 0)."""
+
+    def nonfinite(self, source: int) -> tuple[int, int]:
+        """(first flat index or -1, count): models 0..K-1, base = K, output = K + 1."""
+
+    def sum_squares(self, model: int) -> float:
+        """Sum of dt * dt over canonical blocks in float64 (T1)."""
+
+    def add(self, kept: list[int], conflicts: int, positive: int, negative: int) -> None: ...
+    def add_nonfinite(self, source: int, first: int, count: int) -> None: ...
+    def set_blocks(self, model: int, first_block: int, sums: Any) -> None:
+        """Block sums as a contiguous buffer of float64."""
+
+    def merge(self, other: StreamStats) -> None: ...
+    def dump(self) -> bytes: ...
+    @staticmethod
+    def load(data: bytes) -> StreamStats: ...
+
+def sweep(
+    stats: SweepStats,
+    piece: Box,
+    base: View | None,
+    models: list[View | None],
+    compute: int,
+    seed: int,
+    tensor: int,
+    offset: int,
+    threads: int,
+    isa: str,
+) -> None:
+    """Adds one piece of one tensor to `stats`. compute: dtype code of F32 or F64. offset: scope index of flat index 0."""
+
+def stream(
+    program: tuple[Any, ...],
+    piece: Box,
+    base: View | None,
+    models: list[View],
+    out: View | None,
+    compute: int,
+    stats: StreamStats | None,
+    threads: int,
+    isa: str,
+) -> None:
+    """Runs the fused pass on one piece; without `out` only the statistics are taken.
+
+    program: (weights, keep, base, consensus, zero_vote, divisor, divisor_value, scale, copy, seed, tensor) with keep a list of None or
+    (tau, ties, word, index), ties 0 all, 1 none, 2 hash, 3 index; consensus 0 none, 1 sum; divisor 0 none, 1 value,
+    2 agreeing_weights, 3 agreeing_count.
+    """
+
+def philox(seed: int, tensor: int, stream: int, first: int, count: int) -> list[int]:
+    """The 32-bit words of elements first .. first + count - 1."""
+
+def block_tree(values: Any) -> float:
+    """The binary tree over a contiguous buffer of float64 block sums."""
+
+def isas() -> list[str]:
+    """The instruction sets that this build has and this machine can run, best first: "avx512", "avx2", "base"."""
+
+def build_info() -> dict[str, str]: ...

@@ -1,0 +1,68 @@
+"""Pieces of the specification that several reference ops share, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+
+from ..._native import to_torch, torch_dtype
+from ...ops.program import MAX_KEY
+from ...tensors import DType, Piece, TensorView
+
+_M = (0xD2511F53, 0xCD9E8D57)
+_W = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+
+
+def load(view: TensorView, compute: DType) -> torch.Tensor:
+    """The values of a view as a flat tensor in the compute dtype, after the load cast."""
+    x = to_torch(view).reshape(-1)
+    if view.cast is not None:
+        x = x.to(torch_dtype(view.cast))
+    return x.to(torch_dtype(compute))
+
+
+def delta(x: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
+    """x - base, or x."""
+    return x if base is None else x - base
+
+
+def keys(d: torch.Tensor) -> torch.Tensor:
+    """The bit pattern of |d| as int64, ordered like |d|; every NaN is MAX_KEY."""
+    if d.dtype == torch.float64:
+        return (d.view(torch.int64) & 0x7FFFFFFFFFFFFFFF).clamp_max(MAX_KEY["F64"])
+    return (d.view(torch.int32).to(torch.int64) & 0x7FFFFFFF).clamp_max(MAX_KEY["F32"])
+
+
+def flat_index(piece: Piece, device: torch.device) -> torch.Tensor:
+    """The flat index g of every element of a piece, int64, in the order of the piece."""
+    rows = torch.arange(piece.rows, dtype=torch.int64, device=device)
+    cols = torch.arange(piece.cols, dtype=torch.int64, device=device)
+    return (piece.g0 + rows[:, None] * piece.ld + cols[None, :]).reshape(-1)
+
+
+def _mulhilo(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """High and low 32 bits of a * b, for 32-bit numbers held in int64."""
+    low = a * (b & 0xFFFF)
+    high = a * (b >> 16) + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox(seed: int, tensor: int, stream: int, g: torch.Tensor) -> torch.Tensor:
+    """The Philox4x32-10 word of each flat index g, as int64.
+
+    Key: the seed. Counter: g div 4 (64 bits), tensor id, stream. Word: lane g mod 4.
+    """
+    group = g >> 2
+    c = [group & _MASK, (group >> 32) & _MASK, torch.full_like(g, tensor), torch.full_like(g, stream)]
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        high0, low0 = _mulhilo(_M[0], c[0])
+        high1, low1 = _mulhilo(_M[1], c[2])
+        c = [high1 ^ c[1] ^ k0, low1, high0 ^ c[3] ^ k1, low0]
+        k0, k1 = (k0 + _W[0]) & _MASK, (k1 + _W[1]) & _MASK
+    return torch.stack(c).gather(0, (g & 3)[None, :])[0]
+
+
+def tie_words(seed: int, tensor: int, model: int, g: torch.Tensor) -> torch.Tensor:
+    """The words that order the ties of a model (purpose 2)."""
+    return philox(seed, tensor, 16 * model + 2, g)

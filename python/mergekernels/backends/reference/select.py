@@ -1,0 +1,79 @@
+"""`select`, the specification: what a sweep counts, and the point of a selection by plain sorting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...ops.program import Keep, Sweep
+from ...tensors import DType, Piece, TensorView
+from .common import delta, flat_index, keys, load, tie_words
+
+if TYPE_CHECKING:
+    from ..._cpu import SweepStats
+
+__all__ = ["select_point", "sweep"]
+
+
+def select_point(d: torch.Tensor, k: int, policy: str, seed: int, tensor: int, model: int) -> Keep:
+    """The point that keeps the k largest |d| of a flat tensor, 1 <= k <= n, by sorting (no sweeps).
+
+    Order: key descending, then Philox word ascending (policy "hash"), then index ascending.
+    """
+    g = torch.arange(d.numel(), dtype=torch.int64)
+    key = keys(d)
+    words = tie_words(seed, tensor, model, g) if policy == "hash" else torch.zeros_like(g)
+    by_word = torch.argsort(words, stable=True)
+    order = by_word[torch.argsort(key[by_word], descending=True, stable=True)]
+    cut = order[k - 1]
+    tau = int(key[cut])
+    if policy == "all":
+        return Keep(tau, "all")
+    return Keep(tau, "hash" if policy == "hash" else "index", int(words[cut]), int(cut))
+
+
+def sweep(
+    request: Sweep,
+    stats: SweepStats,
+    piece: Piece,
+    base: TensorView | None,
+    models: Sequence[TensorView | None],
+    *,
+    compute: DType,
+    tensor: int,
+    offset: int,
+    threads: int,
+) -> None:
+    """See ops.program.Sweep. `threads` has no effect."""
+    x0 = None if base is None else load(base, compute)
+    for m, (interval, view) in enumerate(zip(request.intervals, models, strict=True)):
+        if interval is None or view is None:
+            continue
+        x = load(view, compute)
+        g = flat_index(piece, x.device)
+        _report_nonfinite(stats, m, x, g + offset)
+        key = keys(delta(x, x0))
+        if interval.stage == "key":
+            ordinal, member = key, torch.ones_like(key, dtype=torch.bool)
+            before = key > interval.hi
+        else:
+            member = key == interval.tau
+            ordinal = g + offset if request.order == "index" else tie_words(request.seed, tensor, m, g)
+            before = member & (ordinal < interval.lo)
+        inside = member & (ordinal >= interval.lo) & (ordinal <= interval.hi)
+        stats.add(m, int(before.sum()), _buffer(ordinal[inside]), _buffer(g[inside] + offset))
+    if x0 is not None:
+        _report_nonfinite(stats, len(models), x0, flat_index(piece, x0.device) + offset)
+
+
+def _report_nonfinite(stats: SweepStats, source: int, x: torch.Tensor, index: torch.Tensor) -> None:
+    bad = ~torch.isfinite(x)
+    count = int(bad.sum())
+    if count:
+        stats.add_nonfinite(source, int(index[bad].min()), count)
+
+
+def _buffer(x: torch.Tensor) -> memoryview:
+    return memoryview(x.cpu().contiguous().numpy()).cast("B").cast("Q")

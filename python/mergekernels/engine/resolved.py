@@ -1,0 +1,70 @@
+"""A recipe after resolution against its inputs: numbers only, one entry per output tensor.
+
+`engine.recipe` makes it (parameters, gradients, filters, slices, names are gone), `engine.plan` lays it out in files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..formats.checkpoint import Checkpoint
+from ..tensors import DType
+
+__all__ = ["ResolvedMerge", "ResolvedTensor", "Source"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input tensor: position of its checkpoint in `ResolvedMerge.inputs`, and its name there."""
+
+    input: int
+    tensor: str
+
+
+@dataclass(frozen=True)
+class ResolvedTensor:
+    """One output tensor.
+
+    action "merge": `method` is applied to `models` (and `base`). action "buffer": an integer or bool tensor, equal in all
+    sources and copied; where sources differ the base's value is taken with a warning, and without a base the unit aborts.
+    action "copy": the single source's bytes.
+    dtype : of the output. cast : load cast of every source (None for none). params : recipe name -> value, per-model ones
+    as tuples, complete with defaults and checked.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+    action: Literal["merge", "buffer", "copy"]
+    models: tuple[Source, ...]
+    base: Source | None = None
+    cast: DType | None = None
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ResolvedMerge:
+    """Everything that determines the bytes of the output.
+
+    tensors : in order of name (UTF-8 bytes). donor : input whose config and other small files are copied.
+    tokenizer : input whose tokenizer files are copied. config : fields of config.json to set.
+    aliases : tied tensors, left out of the output (name -> name of the tensor that stands for it).
+    recipe : the recipe as plain data, for the manifest. warnings : said by `plan` and `run`, never fatal.
+    """
+
+    method: str
+    dialect: str
+    nan: Literal["error", "propagate"]
+    seed: int
+    inputs: tuple[Checkpoint, ...]
+    tensors: tuple[ResolvedTensor, ...]
+    donor: int
+    tokenizer: int
+    chat_template: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    recipe_file: str = ""
+    warnings: tuple[str, ...] = ()

@@ -1,0 +1,162 @@
+"""What a merging method is: its description, and four pure functions over numbers.
+
+A driver (the in-memory call, the sharded call, the engine) runs the same loop::
+
+    state = method.start(spec)
+    while isinstance(state, Round):
+        state = method.resolve(spec, state, statistics of the round)
+    program = method.apply(spec, state)          # one fused pass per tensor
+
+In scope "tensor" this happens for each tensor; in scope "model" the statistics of a round are merged over all tensors
+of the scope before `resolve`, and every tensor gets its own program from the common coefficients.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from ..ops.program import Keep, Program
+from ..ops.selection import Scope, Selection
+from ..tensors import DType
+
+if TYPE_CHECKING:
+    from .._cpu import StreamStats, SweepStats
+
+__all__ = ["REQUIRED", "Coeffs", "Method", "MethodInfo", "Param", "Round", "Spec", "to_compute"]
+
+
+class _Required:
+    def __repr__(self) -> str:
+        return "required"
+
+
+REQUIRED = _Required()
+"""Default of a parameter that has none."""
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter of a method.
+
+    name : name in a recipe. python : keyword of the library call (differs for `lambda`, which is `scale`).
+    kind : type of its values. per_model : one value per non-base model (a scalar serves all) instead of one in all.
+    default : REQUIRED or a value. low, high : inclusive range. choices : allowed strings. help : one sentence.
+    """
+
+    name: str
+    kind: Literal["float", "bool", "int", "str"]
+    help: str
+    python: str = ""
+    per_model: bool = False
+    default: Any = REQUIRED
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+
+    @property
+    def keyword(self) -> str:
+        """The name in Python."""
+        return self.python or self.name
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """The description of a method; `mergekernels methods NAME` and docs/methods.md print it.
+
+    base : "required"; "optional"; "input" (a base, if listed, is one more input and never subtracted).
+    min_models, max_models : number of non-base models (of inputs for base = "input").
+    tier : exactness, "T0" or "T1".
+    """
+
+    name: str
+    purpose: str
+    formula: str
+    params: tuple[Param, ...]
+    base: Literal["required", "optional", "input"]
+    passes: str
+    source: str
+    min_models: int = 1
+    max_models: int = 64
+    dialects: Mapping[str, str] = field(default_factory=lambda: {"default": "mergekit 0.1.5's rules in float32"})
+    deviations: tuple[str, ...] = ()
+    tier: str = "T0"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One tensor as a method sees it.
+
+    params : recipe name -> value, every parameter present; per-model parameters are tuples of num_models values.
+    n : elements of the tensor. offset : scope index of its first element (0 in tensor scope).
+    scope : the tensors of the model scope; in tensor scope the tensor alone.
+    compute : F32 or F64. name : the output tensor's name. tensor : its 32-bit id.
+    """
+
+    num_models: int
+    has_base: bool
+    params: Mapping[str, Any]
+    n: int
+    scope: Scope
+    compute: DType
+    dialect: str = "default"
+    name: str = ""
+    tensor: int = 0
+    seed: int = 0
+    offset: int = 0
+    nan: Literal["error", "propagate"] = "error"
+
+
+@dataclass(frozen=True)
+class Coeffs:
+    """What a method has resolved: points of the selection (scope coordinates), and the sign for a zero vote."""
+
+    points: tuple[Keep | None, ...] = ()
+    zero_vote: int = 1
+
+
+@dataclass(frozen=True)
+class Round:
+    """A pass of measurement that a method needs before it can go on.
+
+    op "select": run `selection.sweep` and hand over its SweepStats.
+    op "votes": run `method.apply(spec, coeffs)` without output and hand over its StreamStats.
+    """
+
+    op: Literal["select", "votes"]
+    scope: Literal["tensor", "model"]
+    selection: Selection | None = None
+    coeffs: Coeffs | None = None
+
+
+class Method(Protocol):
+    """A merging method. Stateless; every function is pure."""
+
+    info: MethodInfo
+
+    def check(self, params: Mapping[str, Any], num_models: int, has_base: bool, dialect: str) -> list[str]:
+        """Sentences about combinations of parameters that cannot work (single ranges are checked before)."""
+        ...
+
+    def scope(self, params: Mapping[str, Any], dialect: str) -> Literal["tensor", "model"]:
+        """Over what the method measures with these parameters."""
+        ...
+
+    def start(self, spec: Spec) -> Round | Coeffs:
+        """The first round, or the coefficients if no data is needed."""
+        ...
+
+    def resolve(self, spec: Spec, round_: Round, stats: SweepStats | StreamStats) -> Round | Coeffs:
+        """The next round, or the coefficients, after the statistics of `round_`."""
+        ...
+
+    def apply(self, spec: Spec, coeffs: Coeffs) -> Program:
+        """The fused pass for this tensor."""
+        ...
+
+
+def to_compute(value: float, compute: DType) -> float:
+    """A double rounded once to the compute dtype."""
+    return value if compute.name == "F64" else float(struct.unpack("f", struct.pack("f", value))[0])
