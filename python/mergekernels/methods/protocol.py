@@ -4,7 +4,7 @@ A driver (the in-memory call, the sharded call, the engine) runs the same loop::
 
     state = method.start(spec)
     while isinstance(state, Round):
-        state = method.resolve(spec, state, statistics of the round)
+        state = method.resolve(spec, state, statistics of the round, elements visited)
     program = method.apply(spec, state)          # one fused pass per tensor
 
 In scope "tensor" this happens for each tensor; in scope "model" the statistics of a round are merged over all tensors
@@ -43,7 +43,9 @@ class Param:
 
     name : name in a recipe. python : keyword of the library call (differs for `lambda`, which is `scale`).
     kind : type of its values. per_model : one value per non-base model (a scalar serves all) instead of one in all.
-    default : REQUIRED or a value. low, high : inclusive range. choices : allowed strings. help : one sentence.
+    default : REQUIRED, or a value, or None for "as the dialect says". low, high : inclusive range.
+    choices : allowed strings. optional_in : dialects in which a required parameter may be absent (its value is then 1).
+    help : one sentence.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Param:
     low: float | None = None
     high: float | None = None
     choices: tuple[str, ...] = ()
+    optional_in: tuple[str, ...] = ()
 
     @property
     def keyword(self) -> str:
@@ -136,8 +139,11 @@ class Method(Protocol):
 
     info: MethodInfo
 
-    def check(self, params: Mapping[str, Any], num_models: int, has_base: bool, dialect: str) -> list[str]:
-        """Sentences about combinations of parameters that cannot work (single ranges are checked before)."""
+    def check(self, params: Mapping[str, Any], dialect: str, nan: str) -> list[str]:
+        """Sentences about combinations of parameters that cannot work (types and ranges are checked before).
+
+        params : complete, per-model ones as tuples, as in `Spec`.
+        """
         ...
 
     def scope(self, params: Mapping[str, Any], dialect: str) -> Literal["tensor", "model"]:
@@ -148,8 +154,11 @@ class Method(Protocol):
         """The first round, or the coefficients if no data is needed."""
         ...
 
-    def resolve(self, spec: Spec, round_: Round, stats: SweepStats | StreamStats) -> Round | Coeffs:
-        """The next round, or the coefficients, after the statistics of `round_`."""
+    def resolve(self, spec: Spec, round_: Round, stats: SweepStats | StreamStats, visited: int) -> Round | Coeffs:
+        """The next round, or the coefficients, after the statistics of `round_`.
+
+        visited : elements of the scope that the round looked at; fewer than all of them if it was a sample.
+        """
         ...
 
     def apply(self, spec: Spec, coeffs: Coeffs) -> Program:

@@ -1,0 +1,140 @@
+"""Which backend serves a call. An explicit request (argument, context manager, environment) never falls back."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Protocol
+
+from ..errors import ArgumentError, BackendError
+from ..tensors import DType, Piece, TensorView
+
+if TYPE_CHECKING:
+    from .._cpu import StreamStats, SweepStats
+    from ..ops.program import Program, Sweep
+
+__all__ = ["NAMES", "Backend", "load", "pick", "requested", "use_backend"]
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+_ORDER = {"cuda": ("cuda", "triton"), "cpu": ("cpu", "reference")}
+_context: ContextVar[str | None] = ContextVar("mergekernels_backend", default=None)
+_log = logging.getLogger("mergekernels")
+
+
+class Backend(Protocol):
+    """What a backend module offers."""
+
+    def why_not(self, op: str, views: Sequence[TensorView]) -> str | None:
+        """Why it cannot serve these views, None if it can."""
+        ...
+
+    def sweep(
+        self,
+        request: Sweep,
+        stats: SweepStats,
+        piece: Piece,
+        base: TensorView | None,
+        models: Sequence[TensorView | None],
+        *,
+        compute: DType,
+        tensor: int,
+        offset: int,
+        threads: int,
+    ) -> None:
+        """See ops.program.Sweep."""
+        ...
+
+    def stream(
+        self,
+        program: Program,
+        piece: Piece,
+        base: TensorView | None,
+        models: Sequence[TensorView],
+        out: TensorView | None,
+        *,
+        compute: DType,
+        stats: StreamStats | None,
+        threads: int,
+    ) -> None:
+        """See ops.program.Program."""
+        ...
+
+
+def load(name: str) -> Backend:
+    """The backend module called `name`."""
+    if name not in NAMES:
+        raise ArgumentError(
+            "unknown backend", code="backend.unknown", expected="auto, " + ", ".join(NAMES), got=repr(name)
+        )
+    missing = "torch" if name != "cpu" else ""
+    if missing and importlib.util.find_spec(missing) is None:
+        raise BackendError(f"backend '{name}' needs {missing}, which is not installed", code="backend.missing")
+    return importlib.import_module(f".{name}", __package__)  # type: ignore[return-value]
+
+
+def requested(argument: str | None = None) -> str | None:
+    """The backend asked for: the argument, else the context manager, else MERGEKERNELS_BACKEND; None for auto."""
+    for value in (argument, _context.get(), os.environ.get("MERGEKERNELS_BACKEND")):
+        if value:
+            return None if value == "auto" else value
+    return None
+
+
+def pick(op: str, views: Sequence[TensorView], request: str | None = None, device: str = "cpu") -> tuple[str, Backend]:
+    """The backend for an op on these views.
+
+    request : as from `requested`. device : where the call computes, if there are no views to tell.
+
+    Raises
+    ------
+    BackendError : the backend asked for cannot run it, with its reason; or none can, with every reason.
+    """
+    if request is not None:
+        backend = load(request)
+        reason = backend.why_not(op, views)
+        if reason is not None:
+            raise BackendError(
+                f"backend '{request}' cannot run {op}: {reason}",
+                code="backend.cannot",
+                hint="Ask for another backend, or for auto.",
+            )
+        return request, backend
+    kind = (views[0].device if views else device).split(":")[0]
+    reasons = []
+    for name in _ORDER.get(kind, ()):
+        try:
+            backend = load(name)
+            reason = backend.why_not(op, views)
+        except (BackendError, ImportError) as error:
+            reason = str(error)
+        if reason is None:
+            _log.debug("%s: %s", op, name)
+            return name, backend
+        reasons.append(f"{name}: {reason}")
+    raise BackendError(
+        f"no backend can run {op} on {kind}",
+        code="backend.none",
+        got="; ".join(reasons) or "no backend for this kind of device",
+    )
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every call inside the block with one backend ("auto" for the default table).
+
+    Raises
+    ------
+    ArgumentError : no such backend.
+    """
+    if name != "auto" and name not in NAMES:
+        load(name)
+    token = _context.set(name)
+    try:
+        yield
+    finally:
+        _context.reset(token)
