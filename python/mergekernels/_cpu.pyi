@@ -18,6 +18,7 @@ class Buffer:
 class SweepStats:
     """Accumulator of one sweep over any number of tensors. Thread safe. See ops.program.Sweep."""
 
+    capacity: int
     def __init__(
         self, stages: list[int], lo: list[int], hi: list[int], tau: list[int], order: int, capacity: int
     ) -> None:
@@ -56,6 +57,10 @@ class SweepStats:
 
     def add(self, model: int, before: int, ordinals: Any, indices: Any) -> None:
         """For backends in Python: entries as contiguous buffers of uint64."""
+
+    def add_histogram(self, model: int, before: int, bins: Any) -> None:
+        """For backends that count on a device: NUM_BINS counts, a contiguous buffer of uint64, of entries that are not
+        handed over; `inside` grows by their sum and the model counts as overflowed."""
 
     def add_nonfinite(self, source: int, first: int, count: int) -> None: ...
     def merge(self, other: SweepStats) -> None: ...
