@@ -1,0 +1,300 @@
+#include "compare.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+namespace mergekernels {
+namespace {
+
+constexpr std::int64_t kBlock = 4096;
+constexpr std::int64_t kLanes = 256;
+
+template <class To, class From>
+To bits_as(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  std::memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
+// Each element type: its storage, exact value as double, and its place among the values of its type.
+// kDigits orders float types by precision; 0 means that no ULP of another type is ever counted in it.
+template <class Storage, int kMantissa, int kExponentMin, int kExponentMax>
+struct Float {
+  using Bits = Storage;
+  static constexpr bool kIsFloat = true;
+  static constexpr int kM = kMantissa;
+  static constexpr int kMin = kExponentMin;
+  static constexpr int kMax = kExponentMax;
+  static constexpr std::int64_t kInfinity = std::int64_t(kMax - kMin + 2) << kM;
+
+  // Signed position on the number line; both zeros are 0.
+  static std::int64_t ordinal(Bits x) {
+    constexpr Bits sign = Bits(Bits(1) << (8 * sizeof(Bits) - 1));
+    auto magnitude = std::int64_t(Bits(x & Bits(~sign)));
+    return (x & sign) != 0 ? -magnitude : magnitude;
+  }
+
+  // The ordinal of a double (not NaN) rounded to this type, nearest even.
+  static std::int64_t rounded(double value) {
+    const auto bits = bits_as<std::uint64_t>(value);
+    const int field = int((bits >> 52) & 0x7ff);
+    std::int64_t result = 0;
+    if (field == 0x7ff) {
+      result = kInfinity;
+    } else if (field != 0) {
+      const int exponent = field - 1023;
+      const std::uint64_t mantissa = (bits & ((std::uint64_t(1) << 52) - 1)) | (std::uint64_t(1) << 52);
+      const int e = std::max(exponent, kMin);
+      const int shift = 52 - kM + (e - exponent);
+      if (shift <= 0) {
+        result = std::int64_t(mantissa) + (std::int64_t(e - kMin) << kM);
+      } else if (shift <= 53) {
+        const std::uint64_t half = (std::uint64_t(1) << (shift - 1)) - 1;
+        const std::uint64_t even = (mantissa >> shift) & 1;
+        result = std::int64_t((mantissa + half + even) >> shift) + (std::int64_t(e - kMin) << kM);
+      }
+      result = std::min(result, kInfinity);
+    }
+    return (bits >> 63) != 0 ? -result : result;
+  }
+};
+
+struct BF16 : Float<std::uint16_t, 7, -126, 127> {
+  static double value(Bits x) { return double(bits_as<float>(std::uint32_t(x) << 16)); }
+};
+
+struct F16 : Float<std::uint16_t, 10, -14, 15> {
+  static double value(Bits x) {
+    const std::uint32_t magnitude = x & 0x7fffu;
+    // Exponent bias by multiplication: exact, also for subnormals; infinity and NaN keep all exponent bits.
+    const float scaled = bits_as<float>(magnitude << 13) * 0x1p112f;
+    const float special = bits_as<float>((magnitude << 13) | 0x7f800000u);
+    const auto positive = double(magnitude >= 0x7c00u ? special : scaled);
+    return (x & 0x8000u) != 0 ? -positive : positive;
+  }
+};
+
+struct F32 : Float<std::uint32_t, 23, -126, 127> {
+  static double value(Bits x) { return double(bits_as<float>(x)); }
+};
+
+struct F64 : Float<std::uint64_t, 52, -1022, 1023> {
+  static double value(Bits x) { return bits_as<double>(x); }
+};
+
+template <class T>
+struct Integer {
+  using Bits = T;
+  static constexpr bool kIsFloat = false;
+  static double value(Bits x) { return double(x); }
+};
+
+// Types whose values are not interpreted.
+template <class T>
+struct Opaque {
+  using Bits = T;
+};
+
+std::uint64_t distance(std::int64_t a, std::int64_t b) {
+  return a > b ? std::uint64_t(a) - std::uint64_t(b) : std::uint64_t(b) - std::uint64_t(a);
+}
+
+// Distance of two values that are not NaN, in units in the last place of the narrower type.
+template <class A, class B>
+std::uint64_t ulps(typename A::Bits a, typename B::Bits b) {
+  if constexpr (!A::kIsFloat) {
+    return a > b ? std::uint64_t(a) - std::uint64_t(b) : std::uint64_t(b) - std::uint64_t(a);
+  } else if constexpr (std::is_same_v<A, B>) {
+    return distance(A::ordinal(a), A::ordinal(b));
+  } else if constexpr (A::kM < B::kM) {
+    return distance(A::ordinal(a), A::rounded(B::value(b)));
+  } else {
+    return distance(B::rounded(A::value(a)), B::ordinal(b));
+  }
+}
+
+double tree(double* values, std::int64_t count) {
+  while (count > 1) {
+    const std::int64_t pairs = count / 2;
+    for (std::int64_t i = 0; i < pairs; ++i) {
+      values[i] = values[2 * i] + values[2 * i + 1];
+    }
+    if (count % 2 != 0) {
+      values[pairs] = values[count - 1];
+    }
+    count = pairs + count % 2;
+  }
+  return count == 1 ? values[0] : 0.0;
+}
+
+// Sum of squares of up to 4,096 doubles: lane i mod 256 in order, then stride 128, 64, ... 1.
+double block_squares(const double* x, std::int64_t m) {
+  double lanes[kLanes] = {};
+  std::int64_t i = 0;
+  for (; i + kLanes <= m; i += kLanes) {
+    for (std::int64_t l = 0; l < kLanes; ++l) {
+      lanes[l] += x[i + l] * x[i + l];
+    }
+  }
+  for (std::int64_t l = 0; i + l < m; ++l) {
+    lanes[l] += x[i + l] * x[i + l];
+  }
+  for (std::int64_t stride = kLanes / 2; stride > 0; stride /= 2) {
+    for (std::int64_t l = 0; l < stride; ++l) {
+      lanes[l] += lanes[l + stride];
+    }
+  }
+  return lanes[0];
+}
+
+template <class A, class B>
+bool same(typename A::Bits a, typename B::Bits b) {
+  if constexpr (std::is_same_v<A, B>) {
+    return a == b;
+  } else {
+    const double x = A::value(a);
+    const double y = B::value(b);
+    return (std::isnan(x) && std::isnan(y)) || bits_as<std::uint64_t>(x) == bits_as<std::uint64_t>(y);
+  }
+}
+
+// One pair that differs.
+template <class A, class B>
+void count_pair(Comparison& c, typename A::Bits a, typename B::Bits b, std::int64_t index) {
+  ++c.differing;
+  if (c.first < 0) {
+    c.first = index;
+  }
+  const double x = A::value(a);
+  const double y = B::value(b);
+  const bool nan_x = std::isnan(x);
+  const bool nan_y = std::isnan(y);
+  if (nan_x && nan_y) {
+    return;
+  }
+  if (!std::isfinite(x) || !std::isfinite(y)) {
+    ++c.unbounded;
+  } else {
+    c.max_abs = std::max(c.max_abs, std::fabs(x - y));
+  }
+  if (!nan_x && !nan_y) {
+    const std::uint64_t u = ulps<A, B>(a, b);
+    if (u > c.max_ulp) {
+      c.max_ulp = u;
+      c.max_ulp_at = index;
+    }
+  }
+}
+
+template <class A, class B>
+Comparison run(const void* pa, const void* pb, std::int64_t n, bool norm) {
+  const auto* a = static_cast<const typename A::Bits*>(pa);
+  const auto* b = static_cast<const typename B::Bits*>(pb);
+  Comparison c;
+  c.measured = true;
+  const bool bytes_equal = std::is_same_v<A, B> && (n == 0 || std::memcmp(pa, pb, std::size_t(n) * sizeof(*a)) == 0);
+  if (bytes_equal && !norm) {
+    return c;
+  }
+  const std::int64_t blocks = (n + kBlock - 1) / kBlock;
+  std::vector<double> sums_diff(std::size_t(blocks), 0.0);
+  std::vector<double> sums_a(std::size_t(blocks), 0.0);
+  std::vector<double> memory(2 * kBlock);
+  double* xa = memory.data();
+  double* xd = xa + kBlock;
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    const std::int64_t start = block * kBlock;
+    const std::int64_t m = std::min(kBlock, n - start);
+    const auto* ba = a + start;
+    const auto* bb = b + start;
+    for (std::int64_t i = 0; i < m; ++i) {
+      const double x = A::value(ba[i]);
+      const double y = B::value(bb[i]);
+      const bool finite = std::fabs(x) < std::numeric_limits<double>::infinity() &&
+                          std::fabs(y) < std::numeric_limits<double>::infinity();
+      xa[i] = finite ? x : 0.0;
+      xd[i] = finite ? x - y : 0.0;
+    }
+    sums_a[std::size_t(block)] = block_squares(xa, m);
+    if (std::is_same_v<A, B> && std::memcmp(ba, bb, std::size_t(m) * sizeof(*a)) == 0) {
+      continue;
+    }
+    sums_diff[std::size_t(block)] = block_squares(xd, m);
+    for (std::int64_t i = 0; i < m; ++i) {
+      if (!same<A, B>(ba[i], bb[i])) {
+        count_pair<A, B>(c, ba[i], bb[i], start + i);
+      }
+    }
+  }
+  c.squares_diff = tree(sums_diff.data(), blocks);
+  c.squares_a = tree(sums_a.data(), blocks);
+  return c;
+}
+
+template <class T>
+Comparison run_bytes(const void* pa, const void* pb, std::int64_t n) {
+  const auto* a = static_cast<const typename T::Bits*>(pa);
+  const auto* b = static_cast<const typename T::Bits*>(pb);
+  Comparison c;
+  if (n == 0 || std::memcmp(pa, pb, std::size_t(n) * sizeof(*a)) == 0) {
+    return c;
+  }
+  for (std::int64_t i = 0; i < n; ++i) {
+    if (a[i] != b[i]) {
+      ++c.differing;
+      if (c.first < 0) {
+        c.first = i;
+      }
+    }
+  }
+  return c;
+}
+
+template <class A>
+Comparison run_float(const void* a, const void* b, std::string_view dtype_b, std::int64_t n, bool norm) {
+  if (dtype_b == "BF16") return run<A, BF16>(a, b, n, norm);
+  if (dtype_b == "F16") return run<A, F16>(a, b, n, norm);
+  if (dtype_b == "F32") return run<A, F32>(a, b, n, norm);
+  return run<A, F64>(a, b, n, norm);
+}
+
+bool is_float(std::string_view dtype) { return dtype == "BF16" || dtype == "F16" || dtype == "F32" || dtype == "F64"; }
+
+}  // namespace
+
+bool comparable(std::string_view dtype_a, std::string_view dtype_b) {
+  return dtype_a == dtype_b || (is_float(dtype_a) && is_float(dtype_b));
+}
+
+Comparison compare(const void* a, std::string_view dtype_a, const void* b, std::string_view dtype_b, std::int64_t n,
+                   bool norm) {
+  if (dtype_a == "BF16") return run_float<BF16>(a, b, dtype_b, n, norm);
+  if (dtype_a == "F16") return run_float<F16>(a, b, dtype_b, n, norm);
+  if (dtype_a == "F32") return run_float<F32>(a, b, dtype_b, n, norm);
+  if (dtype_a == "F64") return run_float<F64>(a, b, dtype_b, n, norm);
+  using I8 = Integer<std::int8_t>;
+  using U8 = Integer<std::uint8_t>;
+  using I16 = Integer<std::int16_t>;
+  using U16 = Integer<std::uint16_t>;
+  using I32 = Integer<std::int32_t>;
+  using U32 = Integer<std::uint32_t>;
+  using I64 = Integer<std::int64_t>;
+  using U64 = Integer<std::uint64_t>;
+  if (dtype_a == "I8") return run<I8, I8>(a, b, n, norm);
+  if (dtype_a == "U8" || dtype_a == "BOOL") return run<U8, U8>(a, b, n, norm);
+  if (dtype_a == "I16") return run<I16, I16>(a, b, n, norm);
+  if (dtype_a == "U16") return run<U16, U16>(a, b, n, norm);
+  if (dtype_a == "I32") return run<I32, I32>(a, b, n, norm);
+  if (dtype_a == "U32") return run<U32, U32>(a, b, n, norm);
+  if (dtype_a == "I64") return run<I64, I64>(a, b, n, norm);
+  if (dtype_a == "U64") return run<U64, U64>(a, b, n, norm);
+  if (dtype_a == "C64") return run_bytes<Opaque<std::uint64_t>>(a, b, n);
+  return run_bytes<Opaque<std::uint8_t>>(a, b, n);
+}
+
+}  // namespace mergekernels
