@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .api import backends, diff, merge, merge_state_dicts, methods, plan, run, use_backend, verify
+    from .backends.dispatch import use_backend
+    from .backends.status import backends
+    from .engine.diff import diff
+    from .engine.run import plan, run
+    from .engine.verify import verify
     from .errors import MergeError
+    from .merging import merge
+    from .methods.catalogue import methods
+    from .state_dicts import merge_state_dicts
 
 __all__ = [
     "MergeError",
@@ -27,17 +34,26 @@ __all__ = [
     "verify",
 ]
 
+_HOME = {
+    "MergeError": "errors",
+    "backends": "backends.status",
+    "diff": "engine.diff",
+    "merge": "merging",
+    "merge_state_dicts": "state_dicts",
+    "methods": "methods.catalogue",
+    "plan": "engine.run",
+    "run": "engine.run",
+    "use_backend": "backends.dispatch",
+    "verify": "engine.verify",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "MergeError":
-        from .errors import MergeError
+    if name not in _HOME:
+        raise AttributeError(f"module 'mergekernels' has no attribute '{name}'")
+    import importlib
 
-        return MergeError
-    if name in __all__:
-        from . import api
-
-        return getattr(api, name)
-    raise AttributeError(f"module 'mergekernels' has no attribute '{name}'")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -1,0 +1,207 @@
+"""Merging tensors and state dicts in memory: the driver of rounds, over whole tensors or shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from . import _cpu
+from ._checks import check_out
+from ._native import torch_dtype
+from .backends.dispatch import Backend, pick, requested
+from .errors import ArgumentError
+from .methods import get
+from .methods.arguments import bind
+from .methods.protocol import Coeffs, Method, Round, Spec
+from .ops.inputs import Inputs, gather, num_threads
+from .ops.select import run_sweep
+from .ops.selection import Scope
+from .ops.stream import run_program
+from .tensors import F64, promote
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Call", "merge", "merge_one", "resolve_scope"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is the same for every tensor of a merge."""
+
+    method: Method
+    arguments: Mapping[str, Any]
+    dialect: str
+    nan: Literal["error", "propagate"]
+    seed: int
+    backend: str | None
+    threads: int
+    shard_dim: int
+
+    @staticmethod
+    def of(
+        method: str,
+        arguments: Mapping[str, Any],
+        weights: Any,
+        dialect: str,
+        nan: Literal["error", "propagate"],
+        seed: int,
+        backend: str | None,
+        threads: int | None,
+        shard_dim: int,
+    ) -> Call:
+        """Check what does not depend on the tensors."""
+        if nan not in ("error", "propagate"):
+            raise ArgumentError("nan is not usable", code="nan", expected="'error' or 'propagate'", got=repr(nan))
+        if not isinstance(seed, int) or not 0 <= seed < 2**64:
+            raise ArgumentError("seed is not usable", code="seed", expected="an integer in [0, 2**64)", got=repr(seed))
+        given = dict(arguments)
+        if weights is not None:
+            given["weights"] = [float(w) for w in weights] if _is_list(weights) else weights
+        return Call(get(method), given, dialect, nan, seed, requested(backend), num_threads(threads), shard_dim)
+
+    def spec(self, inputs: Inputs) -> Spec:
+        """The method's view of one tensor that is its own scope."""
+        self._check_arity(inputs)
+        params = bind(self.method, self.arguments, inputs.num_models, self.dialect, self.nan, inputs.name)
+        scope = Scope((0,), (inputs.tensor,), inputs.n, "F64" if inputs.compute is F64 else "F32")
+        return Spec(
+            num_models=inputs.num_models,
+            has_base=inputs.has_base,
+            params=params,
+            n=inputs.n,
+            scope=scope,
+            compute=inputs.compute,
+            dialect=self.dialect,
+            name=inputs.name,
+            tensor=inputs.tensor,
+            seed=self.seed,
+            nan=self.nan,
+        )
+
+    def _check_arity(self, inputs: Inputs) -> None:
+        info = self.method.info
+        if info.base == "required" and not inputs.has_base:
+            raise ArgumentError(f"{info.name} needs a base", code="base.missing", tensor=inputs.name or None)
+        if info.base == "input" and inputs.has_base:
+            raise ArgumentError(
+                f"{info.name} subtracts no base",
+                code="base.unused",
+                tensor=inputs.name or None,
+                hint="Leave base out, or list it among the models.",
+            )
+        if not info.min_models <= inputs.num_models <= info.max_models:
+            raise ArgumentError(
+                f"{info.name} cannot merge this many models",
+                code="models.count",
+                tensor=inputs.name or None,
+                expected=f"{info.min_models} to {info.max_models}",
+                got=str(inputs.num_models),
+            )
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) or hasattr(value, "tolist")
+
+
+def resolve_scope(call: Call, specs: Sequence[Spec], tensors: Sequence[Inputs], backend: Backend) -> Coeffs:
+    """Run the rounds of one scope: all its tensors, in scope order. The specs differ only in their tensor."""
+    state = call.method.start(specs[0])
+    while isinstance(state, Round):
+        if state.op == "select":
+            assert state.selection is not None
+            stats, visited = run_sweep(state.selection, tensors, backend, call.threads, call.nan)
+            state = call.method.resolve(specs[0], state, stats, visited)
+            continue
+        assert state.coeffs is not None
+        votes = _cpu.StreamStats(specs[0].num_models, 0)
+        for spec, inputs in zip(specs, tensors, strict=True):
+            program = call.method.apply(spec, state.coeffs)
+            run_program(program, inputs, None, backend, call.threads, "propagate", votes)
+        state = call.method.resolve(specs[0], state, votes, specs[0].scope.n)
+    return state
+
+
+def merge_one(
+    call: Call, spec: Spec, inputs: Inputs, coeffs: Coeffs | None, out_dtype: torch.dtype | None, out: Any = None
+) -> Any:
+    """Write one merged tensor (a list of shards for sharded inputs); resolve it first unless `coeffs` are given."""
+    import torch
+
+    _, backend = pick("stream", inputs.all_views, call.backend)
+    if coeffs is None:
+        coeffs = resolve_scope(call, [spec], [inputs], backend)
+    dtype = out_dtype or torch_dtype(promote([v.dtype for v in inputs.all_views]))
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ArgumentError(
+            "out_dtype is not usable", code="out_dtype", expected="bfloat16, float16, float32 or float64", got=str(dtype)
+        )
+    outs = _outputs(inputs, dtype, out)
+    run_program(call.method.apply(spec, coeffs), inputs, outs, backend, call.threads, call.nan)
+    return outs if inputs.sharded else outs[0]
+
+
+def _outputs(inputs: Inputs, dtype: torch.dtype, out: Any) -> list[torch.Tensor]:
+    import torch
+
+    if out is None:
+        return [torch.empty(s[0].shape, dtype=dtype, device=s[0].device) for s in inputs.tensors]
+    outs = list(out) if inputs.sharded else [out]
+    if len(outs) != len(inputs.tensors):
+        raise ArgumentError(
+            "out has the wrong number of shards", code="out", tensor=inputs.name, expected=str(len(inputs.tensors)), got=str(len(outs))
+        )
+    everything = [t for s in inputs.tensors for t in s]
+    for target, shard in zip(outs, inputs.tensors, strict=True):
+        check_out(target, shard[0], dtype, everything, inputs.name)
+    return outs
+
+
+def merge(
+    tensors: Sequence[Any],
+    method: str,
+    *,
+    base: Any = None,
+    weights: Any = None,
+    name: str = "",
+    seed: int = 0,
+    dialect: str = "default",
+    nan: Literal["error", "propagate"] = "error",
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+    out: Any = None,
+    threads: int | None = None,
+    shard_dim: int = 0,
+    **params: Any,
+) -> Any:
+    """Merge one tensor from several models.
+
+    Parameters
+    ----------
+    tensors : 1 to 64 tensors of one shape and device, bfloat16, float16, float32 or float64 (mixed if need be), strided
+        or contiguous; or for each a list of row or column shards. Never written to.
+    method : a name from `mergekernels.methods()`.
+    base : the common base, for methods on task vectors; like one of `tensors`.
+    weights : one number, or one per model.
+    name : the tensor's name in its model; with `seed` (64 bits, default 0) it determines the random words.
+    dialect : variant of the method, "default" or one that `methods()` lists.
+    nan : "error" (default) refuses NaN, Inf and overflow; "propagate" lets them through, NaN canonical.
+    out_dtype : default the promoted dtype of the inputs. out : tensor (or list of shards) to write into.
+    backend : "cpu", "reference", "triton", "cuda"; default `use_backend`, then MERGEKERNELS_BACKEND, then the best for the
+        device. threads : of the cpu backend, default torch's count.
+    shard_dim : the dimension along which lists of shards are cut: 0 rows (default), 1 columns.
+    params : the method's own parameters (density=0.2, scale=0.5), one value or one per model where the method says so.
+
+    Returns
+    -------
+    A new tensor, or a list of shards cut like the inputs; the same bits for every backend, thread count and cut.
+    Scope "model" of a method means this tensor alone here. No gradient flows.
+
+    Raises
+    ------
+    ArgumentError, BackendError, DataError : before anything is computed, except for what only the data can show.
+    """
+    call = Call.of(method, params, weights, dialect, nan, seed, backend, threads, shard_dim)
+    inputs = gather(tensors, base, name, shard_dim)
+    return merge_one(call, call.spec(inputs), inputs, None, out_dtype, out)

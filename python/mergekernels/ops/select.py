@@ -1,0 +1,158 @@
+"""`select`: the exact k-th largest |delta| of each model, resolved to a point, for tensors in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from .. import _cpu
+from .._checks import nonfinite
+from ..backends.dispatch import Backend, pick, requested
+from ..errors import ArgumentError
+from ..tensors import Piece, TensorView
+from .inputs import Inputs, gather, num_threads
+from .program import Keep, Sweep
+from .selection import SAMPLE_BLOCK, Scope, Selection
+
+if TYPE_CHECKING:
+    from .._cpu import SweepStats
+
+__all__ = ["new_stats", "run_sweep", "select"]
+
+_STAGES = {"key": 1, "tie": 2}
+
+
+def new_stats(sweep: Sweep, capacity: int) -> SweepStats:
+    """An empty accumulator for a sweep. capacity : entries kept per model before a histogram takes over."""
+    intervals = sweep.intervals
+    return _cpu.SweepStats(
+        [0 if i is None else _STAGES[i.stage] for i in intervals],
+        [0 if i is None else i.lo for i in intervals],
+        [0 if i is None else i.hi for i in intervals],
+        [0 if i is None else i.tau for i in intervals],
+        1 if sweep.order == "index" else 0,
+        capacity,
+    )
+
+
+def run_sweep(
+    selection: Selection, tensors: Sequence[Inputs], backend: Backend, threads: int, nan: str
+) -> tuple[SweepStats, int]:
+    """One pass of `selection` over all tensors of its scope: (statistics, elements visited).
+
+    Raises
+    ------
+    DataError : with nan="error", an input holds NaN or Inf.
+    """
+    sweep = selection.sweep
+    n = selection.scope.n
+    stats = new_stats(sweep, max(1 << 18, min(n // 16, 1 << 22)))
+    visited = 0
+    for inputs, offset in zip(tensors, selection.scope.offsets, strict=True):
+        for shard, piece in enumerate(inputs.pieces):
+            if piece.numel == 0:
+                continue
+            base, models = inputs.views(shard)
+            if selection.sample < 1.0:
+                piece, base, models = _sample(piece, base, models, selection.sample)
+            visited += piece.numel
+            wanted = [v if i is not None else None for v, i in zip(models, sweep.intervals, strict=True)]
+            backend.sweep(
+                sweep, stats, piece, base, wanted, compute=inputs.compute, tensor=inputs.tensor, offset=offset, threads=threads
+            )
+    if nan == "error":
+        _refuse_nonfinite(stats, selection.scope, tensors)
+    return stats, visited
+
+
+def _sample(
+    piece: Piece, base: TensorView | None, models: list[TensorView], fraction: float
+) -> tuple[Piece, TensorView | None, list[TensorView]]:
+    """Blocks at a fixed stride from every view, or everything where the memory is not one run."""
+    views = [*models] if base is None else [*models, base]
+    blocks = int(piece.numel * fraction) // SAMPLE_BLOCK
+    if blocks < 2 or not all(_is_run(v) for v in views):
+        return piece, base, models
+    stride = piece.numel // blocks
+    # A stride that is no multiple of a row length visits all columns.
+    if stride > 2 * 4096:
+        stride = stride // 4096 * 4096 - 1565
+    count = blocks * SAMPLE_BLOCK
+    cut = [
+        TensorView(v.ptr, (blocks, SAMPLE_BLOCK), (stride, 1), v.dtype, _strided(v, blocks, stride), v.cast, v.device)
+        for v in views
+    ]
+    return Piece.flat(piece.g0, count), (cut.pop() if base is not None else None), cut
+
+
+def _is_run(view: TensorView) -> bool:
+    step = 1
+    for size, stride in zip(reversed(view.shape), reversed(view.strides), strict=True):
+        if size > 1 and stride != step:
+            return False
+        step *= size
+    return True
+
+
+def _strided(view: TensorView, blocks: int, stride: int) -> Any:
+    import torch
+
+    assert isinstance(view.owner, torch.Tensor)
+    return view.owner.as_strided((blocks, SAMPLE_BLOCK), (stride, 1))
+
+
+def _refuse_nonfinite(stats: SweepStats, scope: Scope, tensors: Sequence[Inputs]) -> None:
+    names = [t.name for t in tensors]
+    num_models = tensors[0].num_models
+    for source in range(num_models + 1):
+        first, count = stats.nonfinite(source)
+        if first >= 0:
+            label = "the base" if source == num_models else f"model {source}"
+            raise nonfinite(label, first, count, scope, names)
+
+
+def select(
+    models: Sequence[Any],
+    k: int | Sequence[int],
+    *,
+    base: Any = None,
+    policy: Literal["hash", "index", "all"] = "hash",
+    seed: int = 0,
+    name: str = "",
+    nan: Literal["error", "propagate"] = "error",
+    backend: str | None = None,
+    threads: int | None = None,
+    shard_dim: int = 0,
+) -> list[Keep]:
+    """The points that keep the k largest |delta| of each model.
+
+    Parameters
+    ----------
+    models : 1 to 64 tensors of one shape, or lists of shards; bfloat16, float16, float32 or float64.
+    k : how many entries to keep, 1 to n, one for all models or one each.
+    base : subtracted from every model (float32, or float64 if any input is); None selects on the models themselves.
+    policy : who survives among equals: "hash" (exactly k by Philox word, then index), "index" (exactly k, lowest index
+        first) or "all" (every entry that equals the k-th).
+    seed, name : of the Philox words.
+    nan : "error" refuses NaN and Inf; "propagate" ranks NaN above Inf.
+
+    Returns
+    -------
+    One `Keep` per model: the k-th key and which of its equals are kept.
+
+    Raises
+    ------
+    ArgumentError, BackendError, DataError
+    """
+    inputs = gather(models, base, name, shard_dim)
+    ks = (k,) * len(models) if isinstance(k, int) else tuple(k)
+    if len(ks) != len(models) or any(not 1 <= v <= inputs.n for v in ks):
+        raise ArgumentError("k is not usable", code="select.k", tensor=name, expected=f"1 to {inputs.n} per model", got=str(k))
+    request = requested(backend)
+    _, module = pick("select", inputs.all_views, request)
+    scope = Scope((0,), (inputs.tensor,), inputs.n, "F64" if inputs.compute.name == "F64" else "F32")
+    selection = Selection.start(ks, scope, policy=policy, seed=seed, base=base is not None)
+    while not selection.done:
+        stats, visited = run_sweep(selection, [inputs], module, num_threads(threads), nan)
+        selection = selection.advance(stats, visited)
+    return [point for point in selection.points if point is not None]

@@ -1,0 +1,106 @@
+"""`stream`: the fused element-wise pass over tensors in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from .. import _cpu
+from .._checks import nonfinite
+from .._native import view_of
+from ..backends.dispatch import Backend, pick, requested
+from ..tensors import promote
+from .inputs import Inputs, gather, num_threads
+from .program import Program
+from .selection import Scope
+
+if TYPE_CHECKING:
+    import torch
+
+    from .._cpu import StreamStats
+
+__all__ = ["run_program", "stream"]
+
+
+def run_program(
+    program: Program,
+    inputs: Inputs,
+    outs: Sequence[torch.Tensor] | None,
+    backend: Backend,
+    threads: int,
+    nan: str,
+    stats: StreamStats | None = None,
+) -> None:
+    """Run a program over all shards of one tensor; without `outs` only the statistics are taken.
+
+    Raises
+    ------
+    DataError : with nan="error", NaN or Inf in an input, or overflow in the output.
+    """
+    if stats is None and nan == "error":
+        stats = _cpu.StreamStats(inputs.num_models, 0)
+    for shard, piece in enumerate(inputs.pieces):
+        if piece.numel == 0:
+            continue
+        base, models = inputs.views(shard)
+        out = None if outs is None else view_of(outs[shard])
+        backend.stream(program, piece, base, models, out, compute=inputs.compute, stats=stats, threads=threads)
+    if nan != "error" or stats is None:
+        return
+    scope = Scope((0,), (inputs.tensor,), inputs.n, "F32")
+    labels = [f"model {m}" for m in range(inputs.num_models)] + ["the base", "the result"]
+    for source, label in enumerate(labels):
+        first, count = stats.nonfinite(source)
+        if first >= 0:
+            raise nonfinite(label, first, count, scope, [inputs.name], output=source == inputs.num_models + 1)
+
+
+def stream(
+    models: Sequence[Any],
+    program: Program,
+    *,
+    base: Any = None,
+    out: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    name: str = "",
+    nan: Literal["error", "propagate"] = "error",
+    backend: str | None = None,
+    threads: int | None = None,
+) -> torch.Tensor:
+    """The tensor that `program` (see `mergekernels.ops.Program`) computes from `models` and `base`.
+
+    Parameters
+    ----------
+    models : tensors of one shape, as many as the program has weights. base : needed iff program.base.
+    out, out_dtype : where the result goes, or its dtype (default: the promoted dtype of the inputs).
+
+    Raises
+    ------
+    ArgumentError, BackendError, DataError
+    """
+    import torch
+
+    from .._checks import check_out
+    from .._native import torch_dtype
+    from ..errors import ArgumentError
+
+    if (base is not None) != program.base or len(models) != len(program.weights):
+        raise ArgumentError(
+            "the inputs do not fit the program",
+            code="stream.inputs",
+            tensor=name,
+            expected=f"{len(program.weights)} models and {'a' if program.base else 'no'} base",
+            got=f"{len(models)} models and {'no' if base is None else 'a'} base",
+        )
+    inputs = gather(models, base, name, 0)
+    if inputs.sharded:
+        raise ArgumentError("stream takes whole tensors", code="stream.inputs", tensor=name, got="lists of shards")
+    first = inputs.tensors[0][0]
+    dtype = out_dtype or torch_dtype(promote([v.dtype for v in inputs.all_views]))
+    if out is None:
+        out = torch.empty(first.shape, dtype=dtype, device=first.device)
+    else:
+        check_out(out, first, out_dtype or out.dtype, inputs.tensors[0], name)
+    _, module = pick("stream", inputs.all_views, requested(backend))
+    run_program(program, inputs, [out], module, num_threads(threads), nan)
+    return out

@@ -1,0 +1,164 @@
+"""Merging whole state dicts in memory, tensor by tensor, mappings of any kind."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from .backends.dispatch import pick
+from .errors import ArgumentError, DataError, InputError
+from .merging import Call, merge_one, resolve_scope
+from .methods.arguments import bind
+from .methods.protocol import Coeffs, Spec
+from .ops.inputs import Inputs, gather
+from .ops.selection import Scope
+from .tensors import F32, F64
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["merge_state_dicts"]
+
+_log = logging.getLogger("mergekernels")
+
+
+def merge_state_dicts(
+    models: Sequence[Mapping[str, Any]],
+    method: str,
+    *,
+    base: Mapping[str, Any] | None = None,
+    weights: Any = None,
+    seed: int = 0,
+    dialect: str = "default",
+    nan: Literal["error", "propagate"] = "error",
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+    threads: int | None = None,
+    shard_dim: int = 0,
+    **params: Any,
+) -> dict[str, Any]:
+    """Merge state dicts of one architecture.
+
+    Parameters
+    ----------
+    models, base : mappings from name to tensor (or list of shards); lazy ones are read one tensor at a time and every
+        tensor once per pass. Never mutated. All must have the same names.
+    out_dtype : dtype of the merged float tensors, default the promoted dtype of the inputs. Integer and bool tensors are
+        copied where they are equal; where not, the base's is taken with a warning, and without a base it is an error.
+
+    The other parameters are those of `mergekernels.merge`; each tensor's own name enters its random words. Scope "model"
+    counts over all float tensors.
+
+    Returns
+    -------
+    A new dict in the order of the base (of the first model without one).
+
+    Raises
+    ------
+    InputError : names that some inputs lack. ArgumentError, BackendError, DataError : as `merge`, naming the tensor.
+    """
+    if not models:
+        raise ArgumentError("a merge takes 1 to 64 models", code="models.count", got="0")
+    call = Call.of(method, params, weights, dialect, nan, seed, backend, threads, shard_dim)
+    everything = [*models] if base is None else [base, *models]
+    _same_names(everything, base is not None)
+    order = list(everything[0].keys())
+    bound = bind(call.method, call.arguments, len(models), dialect, nan)
+    scope_coeffs: tuple[dict[str, Spec], Coeffs] | None = None
+    if call.method.scope(bound, dialect) == "model":
+        scope_coeffs = _resolve_model(call, models, base, order)
+    result: dict[str, Any] = {}
+    for name in order:
+        values = [m[name] for m in models]
+        base_value = None if base is None else base[name]
+        if not _is_float(values[0]):
+            result[name] = _integer(values, base_value, name)
+            continue
+        inputs = gather(values, base_value, name, shard_dim)
+        if scope_coeffs is None:
+            result[name] = merge_one(call, call.spec(inputs), inputs, None, out_dtype)
+        else:
+            spec = scope_coeffs[0][name]
+            result[name] = merge_one(call, spec, replace(inputs, compute=spec.compute), scope_coeffs[1], out_dtype)
+    return result
+
+
+def _resolve_model(
+    call: Call, models: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None, order: Sequence[str]
+) -> tuple[dict[str, Spec], Coeffs]:
+    """The coefficients of a model scope, and the spec of every float tensor in it."""
+    names = sorted((n for n in order if _is_float(models[0][n])), key=lambda n: n.encode())
+    tensors = _Lazy(models, base, names, call.shard_dim)
+    if not names:
+        return {}, Coeffs()
+    offsets, total, ids, compute = [], 0, [], F32
+    specs = []
+    for inputs in tensors:
+        offsets.append(total)
+        total += inputs.n
+        ids.append(inputs.tensor)
+        compute = F64 if inputs.compute is F64 else compute
+        specs.append(call.spec(inputs))
+    tensors.compute = compute
+    scope = Scope(tuple(offsets), tuple(ids), total, "F64" if compute is F64 else "F32")
+    specs = [replace(s, scope=scope, offset=o, compute=compute) for s, o in zip(specs, offsets, strict=True)]
+    _, backend = pick("select", tensors[0].all_views, call.backend)
+    return {s.name: s for s in specs}, resolve_scope(call, specs, tensors, backend)
+
+
+class _Lazy(Sequence[Inputs]):
+    """The inputs of each tensor, made when they are asked for, so that lazy mappings stay lazy."""
+
+    def __init__(
+        self, models: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None, names: Sequence[str], shard_dim: int
+    ) -> None:
+        self.models, self.base, self.names, self.shard_dim = models, base, names, shard_dim
+        self.compute = F32
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: Any) -> Any:
+        name = self.names[i]
+        base = None if self.base is None else self.base[name]
+        inputs = gather([m[name] for m in self.models], base, name, self.shard_dim)
+        return replace(inputs, compute=F64 if self.compute is F64 else inputs.compute)
+
+
+def _same_names(everything: Sequence[Mapping[str, Any]], has_base: bool) -> None:
+    labels = (["the base"] if has_base else []) + [f"model {i}" for i in range(len(everything) - has_base)]
+    union = {name for m in everything for name in m}
+    lacking = []
+    for label, m in zip(labels, everything, strict=True):
+        missing = sorted(union.difference(m.keys()))
+        if missing:
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            lacking.append(f"{label} lacks {', '.join(missing[:5])}{more}")
+    if lacking:
+        raise InputError("the state dicts have different tensors: " + "; ".join(lacking), code="names")
+
+
+def _is_float(value: Any) -> bool:
+    first = value[0] if isinstance(value, (list, tuple)) and value else value
+    return bool(getattr(getattr(first, "dtype", None), "is_floating_point", True))
+
+
+def _integer(values: list[Any], base: Any, name: str) -> Any:
+    """The common value of an integer or bool buffer, else the base's."""
+    import torch
+
+    everything = values if base is None else [base, *values]
+    shards = [list(v) if isinstance(v, (list, tuple)) else [v] for v in everything]
+    equal = all(len(s) == len(shards[0]) and all(map(torch.equal, s, shards[0])) for s in shards)
+    if not equal:
+        if base is None:
+            raise DataError(
+                "an integer or bool tensor differs between the models, and there is no base to decide",
+                code="buffer.unequal",
+                tensor=name,
+            )
+        _log.warning("tensor '%s': integer values differ between the models; the base's are taken", name)
+    chosen = [t.clone() for t in shards[0]]
+    return chosen if isinstance(everything[0], (list, tuple)) else chosen[0]
