@@ -1,0 +1,66 @@
+# Everything happens in .venv, which is made here. PYTHON, TORCH and TRITON choose other versions.
+PYTHON ?= python3
+TORCH ?= 2.13.0
+TRITON ?= 3.9.0
+VENV ?= .venv
+RUN := $(VENV)/bin/
+NATIVE := $(wildcard csrc/*.* csrc/*/*) pyproject.toml
+
+.PHONY: help demo test test-slow test-peers lint format wheel-test bench clean
+
+help:
+	@echo "make demo        train small networks, merge them with the command line, compare"
+	@echo "make test        the tests"
+	@echo "make test-slow   ahead-of-time compilation of every GPU kernel, long sweeps of faults"
+	@echo "make test-peers  agreement with mergekit, installed into a folder of its own"
+	@echo "make lint        formatting, style and types"
+	@echo "make wheel-test  build a wheel and use it away from the tree, without torch"
+	@echo "make bench       quick benchmarks of the ops"
+
+$(VENV)/.environment: requirements-dev.txt
+	test -x $(RUN)python || $(PYTHON) -m venv $(VENV)
+	$(RUN)python -m pip install --quiet --upgrade pip
+	$(RUN)python -m pip install --quiet torch==$(TORCH)
+	$(RUN)python -c "import triton" 2>/dev/null || test "$$(uname -s)" != Linux || $(RUN)python -m pip install --quiet triton==$(TRITON)
+	$(RUN)python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.environment $(NATIVE)
+	CMAKE_BUILD_PARALLEL_LEVEL=2 $(RUN)python -m pip install --quiet --no-build-isolation --no-deps \
+		--config-settings=build-dir=build/editable -e .
+	touch $@
+
+demo: $(VENV)/.built
+	PATH="$(abspath $(RUN)):$$PATH" bash examples/demo/run.sh
+
+# Triton decides at import between its interpreter and its compiler: one process each.
+test: $(VENV)/.built
+	$(RUN)pytest -q -m "not slow and not peer"
+	TRITON_INTERPRET=1 $(RUN)pytest -q -m "not slow" tests/interpreter
+
+test-slow: $(VENV)/.built
+	$(RUN)pytest -q -m slow
+
+test-peers: $(VENV)/.built
+	bash benchmarks/make_peer_env.sh $(VENV)-peer
+	MERGEKERNELS_PEER_ENV=$(abspath $(VENV)-peer) $(RUN)pytest -q -m peer tests/peers
+
+lint: $(VENV)/.environment
+	$(RUN)ruff check .
+	$(RUN)ruff format --check .
+	$(RUN)mypy
+	$(RUN)clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inc' 'csrc/*.cu' 'csrc/*.cuh')
+
+format: $(VENV)/.environment
+	$(RUN)ruff check --fix .
+	$(RUN)ruff format .
+	$(RUN)clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inc' 'csrc/*.cu' 'csrc/*.cuh')
+
+wheel-test: $(VENV)/.environment
+	bash tests/wheel_smoke.sh $(RUN)python
+
+bench: $(VENV)/.built
+	cd benchmarks && ../$(RUN)pytest -q --quick bench_select.py bench_stream.py
+
+clean:
+	rm -rf build dist $(VENV)/.built .demo
