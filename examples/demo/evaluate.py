@@ -35,8 +35,7 @@ def main(folder: Path) -> int:
     read["linear"] = sum(weight_bytes(folder / "checkpoints" / task) for task in TASKS)
     merges = [line.split("\t") for line in (folder / "merges.tsv").read_text().splitlines()]
     tasks = "".join(f"{task:>9}" for task in TASKS)
-    print(f"
-{'accuracy on test images, %':26}{tasks}     mean  validation  merge s  read kB  written kB")
+    print(f"\n{'accuracy on test images, %':26}{tasks}     mean  validation  merge s  read kB  written kB")
 
     def line(label: str, result: tuple[list[float], float, float], tail: str = "") -> None:
         test, mean, validation = result
@@ -53,8 +52,7 @@ def main(folder: Path) -> int:
         line(f"merge {name}", results[name], f"{float(seconds):9.2f}{total / 1e3:9.0f}{weight_bytes(out) / 1e3:12.0f}")
     best = max(results, key=lambda name: results[name][2])
     average, chosen = results["average"][1], results[best][1]
-    print(f"
-The validation images choose {best}: {chosen:.1f} % on the test images,", end=" ")
+    print(f"\nThe validation images choose {best}: {chosen:.1f} % on the test images,", end=" ")
     print(f"against {average:.1f} % of plain averaging.")
     if chosen - average < 2:
         print("The best merge does not clearly beat plain averaging: see docs/demo.md for what to look at.")

@@ -89,7 +89,7 @@ def accuracy(net: DigitsNet, task: str, split: str) -> float:
 
 
 def save_checkpoint(net: DigitsNet, folder: Path) -> None:
-    """Writes bf16 weights as numbered safetensors shards with an index and a config, as Hugging Face lays models out."""
+    """Writes bf16 weights as numbered safetensors shards with an index and a config: the Hugging Face layout."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = total = 0
