@@ -1,0 +1,234 @@
+"""`merge` and `merge_state_dicts`: linear, task arithmetic, passthrough, and every refusal with its words."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import mergekernels as mk
+from mergekernels.errors import ArgumentError, DataError, InputError
+
+BACKENDS = ("reference", "cpu")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linear_by_hand(backend: str) -> None:
+    a, b = torch.tensor([1.0, 2.0]), torch.tensor([3.0, -2.0])
+    assert mk.merge([a, b], "linear", weights=[1, 3], backend=backend).tolist() == [2.5, -1.0]
+    assert mk.merge([a, b], "linear", weights=[1, 3], normalize=False, backend=backend).tolist() == [10.0, -4.0]
+    assert mk.merge([a, b], "linear", weights=2, backend=backend).tolist() == [2.0, 0.0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_task_arithmetic_by_hand(backend: str) -> None:
+    base, a, b = torch.tensor([1.0, 1.0]), torch.tensor([3.0, 1.0]), torch.tensor([1.0, 5.0])
+    call = dict(base=base, backend=backend)
+    assert mk.merge([a, b], "task_arithmetic", weights=[1, -1], **call).tolist() == [3.0, -3.0]
+    assert mk.merge([a, b], "task_arithmetic", weights=[1, 3], normalize=True, scale=2, **call).tolist() == [2.0, 7.0]
+    # A weight sum below 1e-8 divides by 1.
+    assert mk.merge([a, b], "task_arithmetic", weights=[1, -1], normalize=True, **call).tolist() == [3.0, -3.0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_passthrough_preserves_bits(backend: str, dtype: torch.dtype) -> None:
+    x = torch.tensor([-0.0, 0.0, 1.5, -3.0], dtype=dtype)
+    got = mk.merge([x], "passthrough", backend=backend)
+    assert got.dtype == dtype and torch.equal(torch.signbit(got), torch.signbit(x)) and torch.equal(got, x)
+    got = mk.merge([x], "passthrough", weights=None, scale=2.0, backend=backend)
+    assert got.tolist() == [0.0, 0.0, 3.0, -6.0] and bool(torch.signbit(got)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (255,), (257,), (3, 5, 7)])
+def test_backends_agree_bit_for_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    g = torch.Generator().manual_seed(1)
+    base = torch.randn(shape, generator=g).to(dtype)
+    models = [torch.randn(shape, generator=g).to(dtype) for _ in range(3)]
+    for method, extra in (
+        ("linear", {}),
+        ("task_arithmetic", {"base": base, "scale": 0.3}),
+        ("ties", {"base": base, "density": 0.4}),
+        ("ties", {"base": base, "density": 0.4, "tie_policy": "index", "zero_vote": "majority"}),
+    ):
+        got = [mk.merge(models, method, weights=[0.3, 0.5, -0.1], backend=b, **extra) for b in BACKENDS]
+        assert got[0].dtype == dtype and got[0].shape == torch.Size(shape)
+        assert torch.equal(got[0], got[1]), method
+
+
+def test_linear_is_correctly_rounded_in_float32() -> None:
+    """Every step in float32, one rounding to bf16: against numpy scalars, which do not fuse."""
+    g = torch.Generator().manual_seed(2)
+    xs = [torch.randn(5000, generator=g).bfloat16() for _ in range(3)]
+    w = np.array([0.3, 0.5, 0.17], dtype=np.float32)
+    total = np.zeros(5000, dtype=np.float32)
+    for x, v in zip(xs, w, strict=True):
+        total = total + v * x.float().numpy()
+    want = torch.from_numpy(total / ((w[0] + w[1]) + w[2])).bfloat16()
+    assert torch.equal(mk.merge(xs, "linear", weights=[0.3, 0.5, 0.17]), want)
+
+
+def test_dtypes_mix_and_out_dtype() -> None:
+    a, b = torch.ones(3, dtype=torch.bfloat16), torch.ones(3, dtype=torch.float16)
+    assert mk.merge([a, b], "linear", weights=1).dtype == torch.float32
+    assert mk.merge([a, b.double()], "linear", weights=1).dtype == torch.float64
+    assert mk.merge([a, b], "linear", weights=1, out_dtype=torch.float16).dtype == torch.float16
+    out = torch.full((3,), float("nan"))
+    assert mk.merge([a, b], "linear", weights=1, out=out) is out and out.tolist() == [1, 1, 1]
+
+
+def test_inputs_are_not_written_and_may_be_strided() -> None:
+    g = torch.Generator().manual_seed(3)
+    store = torch.randn(40, 60, generator=g)
+    base, model = store[::2, ::3].t(), store[1::2, 1::3].t()
+    before = store.clone()
+    got = mk.merge([model], "ties", base=base, weights=1, density=0.5)
+    want = mk.merge([model.contiguous()], "ties", base=base.contiguous(), weights=1, density=0.5)
+    assert torch.equal(got, want) and torch.equal(store, before)
+    out = torch.zeros(20, 40).t()[:, :20].contiguous().t()
+    mk.merge([model], "ties", base=base, weights=1, density=0.5, out=out)
+    assert torch.equal(out, want)
+
+
+def test_sixty_four_models() -> None:
+    xs = [torch.full((300,), float(i)) for i in range(64)]
+    assert mk.merge(xs, "linear", weights=1)[0] == 31.5
+    with pytest.raises(ArgumentError, match="1 to 64"):
+        mk.merge([*xs, xs[0]], "linear", weights=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nonfinite_values_are_refused_with_their_place(backend: str) -> None:
+    base, x = torch.zeros(1000), torch.ones(1000)
+    bad = x.clone()
+    bad[777], bad[900] = float("inf"), float("nan")
+    with pytest.raises(DataError, match=r"tensor 'w': model 1 holds NaN or Inf at flat index 777 \(2 in all\)"):
+        mk.merge([x, bad], "linear", weights=1, name="w", backend=backend)
+    with pytest.raises(DataError, match="the base holds NaN or Inf at flat index 777"):
+        mk.merge([x], "ties", base=bad, weights=1, density=0.5, backend=backend)
+    with pytest.raises(DataError, match="overflows its dtype, or is NaN at flat index 0"):
+        mk.merge([x * 3e5], "linear", weights=1, out_dtype=torch.float16, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_propagates_canonically_where_asked(backend: str) -> None:
+    base, x = torch.zeros(6), torch.tensor([1.0, 5.0, 2.0, 3.0, 4.0, 0.5])
+    x.view(torch.int32)[2] = -1  # a NaN with sign and payload
+    got = mk.merge([x, x], "ties", base=base, weights=1, density=0.5, nan="propagate", backend=backend)
+    assert got.view(torch.int32)[2] == 0x7FC00000
+    # It took one of the three places of its model.
+    assert got.nan_to_num().tolist() == [0.0, 5.0, 0.0, 0.0, 4.0, 0.0]
+
+
+def test_state_dicts_keep_order_buffers_and_inputs() -> None:
+    base = {"w": torch.zeros(4), "steps": torch.tensor(3), "mask": torch.tensor([True])}
+    model = {"mask": torch.tensor([True]), "steps": torch.tensor(3), "w": torch.ones(4)}
+    got = mk.merge_state_dicts([model], "task_arithmetic", base=base, weights=0.5)
+    assert list(got) == ["w", "steps", "mask"] and got["w"].tolist() == [0.5] * 4 and got["steps"] == 3
+    got["steps"].add_(1)
+    assert base["steps"] == 3
+
+
+def test_state_dicts_unequal_buffers(caplog: pytest.LogCaptureFixture) -> None:
+    base, model = {"n": torch.tensor(1)}, {"n": torch.tensor(2)}
+    assert mk.merge_state_dicts([model], "task_arithmetic", base=base, weights=1)["n"] == 1
+    assert "integer values differ" in caplog.text
+    with pytest.raises(DataError, match="tensor 'n': an integer or bool tensor differs"):
+        mk.merge_state_dicts([base, model], "linear", weights=1)
+
+
+def test_state_dicts_may_be_lazy() -> None:
+    class Lazy(dict):
+        reads: list[str] = []
+
+        def __getitem__(self, key):
+            self.reads.append(key)
+            return super().__getitem__(key)
+
+    data = {"a": torch.ones(10), "b": torch.arange(20.0)}
+    lazy = Lazy(data)
+    got = mk.merge_state_dicts([lazy], "ties", base={k: torch.zeros_like(v) for k, v in data.items()}, weights=1, density=0.5)
+    assert lazy.reads == ["a", "b"] and int((got["b"] != 0).sum()) == 10
+
+
+REFUSALS = [
+    (dict(method="tise"), "unknown merge method.*Did you mean 'ties'"),
+    (dict(base=None), "ties needs a base"),
+    (dict(method="linear"), "linear subtracts no base.*list it among the models"),
+    (dict(desnity=0.5), "ties has no parameter 'desnity'.*Did you mean 'density'"),
+    (dict(weights=None), "ties needs 'weights'; expected a float or one per model"),
+    (dict(weights=[1, 2, 3]), "wrong number of values; expected one value, or 2 .*; got 3"),
+    (dict(density=20), r"'density' is not usable; expected a number in \[0, 1\]; got 20"),
+    (dict(density=float("nan")), "'density' is not usable; expected a finite number"),
+    (dict(normalize=1), "'normalize' is not usable; expected true or false; got 1"),
+    (dict(tie_policy="first"), "expected one of hash, index, all; got 'first'"),
+    (dict(dialect="papre"), "ties has no dialect 'papre'; expected one of default, paper"),
+    (dict(dialect="paper", weights=[1, 2]), "the paper's dialect has no weights"),
+    (dict(rescale=True), "rescale: true is not available for ties"),
+    (dict(nan="skip"), "nan is not usable; expected 'error' or 'propagate'"),
+    (dict(seed=-1), "seed is not usable"),
+    (dict(threads=0), "threads must be at least 1"),
+    (dict(backend="gpu"), "unknown backend; expected auto, cuda, triton, cpu, reference; got 'gpu'"),
+    (dict(out_dtype=torch.int8), "out_dtype is not usable"),
+    (dict(out=torch.zeros(3)), r"out does not fit the result; expected \(4,\)"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSALS, ids=[m[:30] for _, m in REFUSALS])
+def test_refusals(change: dict, message: str) -> None:
+    call = dict(method="ties", base=torch.zeros(4), weights=[1, 1], density=0.5, name="w") | change
+    with pytest.raises(mk.MergeError, match=message):
+        mk.merge([torch.ones(4), torch.ones(4)], **{k: v for k, v in call.items() if v is not None})
+
+
+def test_refused_tensors() -> None:
+    x = torch.ones(4)
+    cases = [
+        ([x, torch.ones(5)], "shape of model 1 differs from that of model 0; expected \\(4,\\); got \\(5,\\)"),
+        ([x, torch.ones(4, dtype=torch.int32)], "model 1 has a dtype that cannot be merged.*got torch.int32"),
+        ([x, [1.0]], "shard 0 of model 1 is not a tensor"),
+        ([x, "x"], "model 1 is not a tensor; got str"),
+        ([x, torch.ones(4, device="meta")], "model 1 has no plain memory"),
+        ([x, x.to_sparse()], "model 1 has no plain memory"),
+        ([], "a merge takes 1 to 64 models"),
+    ]
+    for tensors, message in cases:
+        with pytest.raises(ArgumentError, match=message):
+            mk.merge(tensors, "linear", weights=1, name="w")
+    with pytest.raises(ArgumentError, match="out overlaps an input"):
+        store = torch.ones(5)
+        mk.merge([store[:4]], "linear", weights=1, out=store[1:])
+    with pytest.raises(ArgumentError, match="cut into other shards"):
+        mk.merge([[x[:2], x[2:]], [x[:1], x[1:]]], "linear", weights=1)
+    with pytest.raises(ArgumentError, match="weights sum to zero"):
+        mk.merge([x, x], "linear", weights=[1, -1])
+    with pytest.raises(InputError, match="model 1 lacks b"):
+        mk.merge_state_dicts([{"a": x, "b": x}, {"a": x}], "linear", weights=1)
+
+
+def test_requested_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(4)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name in ("cuda", "triton"):
+        with pytest.raises(mk.MergeError, match=f"'{name}'"):
+            mk.merge([x], "linear", weights=1, backend=name)
+        with mk.use_backend(name), pytest.raises(mk.MergeError, match=f"'{name}'"):
+            mk.merge([x], "linear", weights=1)
+        monkeypatch.setenv("MERGEKERNELS_BACKEND", name)
+        with pytest.raises(mk.MergeError, match=f"'{name}'"):
+            mk.merge([x], "linear", weights=1)
+        # The argument wins over the context, and both over the environment.
+        with mk.use_backend("reference"):
+            assert mk.merge([x], "linear", weights=1).tolist() == [1, 1, 1, 1]
+        assert mk.merge([x], "linear", weights=1, backend="cpu").tolist() == [1, 1, 1, 1]
+
+
+def test_errors_survive_serialisation() -> None:
+    import pickle
+
+    error = DataError("m", code="c", tensor="t", expected="e", got="g", hint="h", line=3, file="f")
+    again = mk.MergeError.from_dict(error.to_dict())
+    assert type(again) is DataError and str(again) == str(error) == "f:3: tensor 't': m; expected e; got g. h"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Builds a wheel and uses it away from the tree, in an environment without torch: the CPU path of the command line needs none.
+# Usage: tests/wheel_smoke.sh PYTHON (an environment that has the build requirements)
+set -euo pipefail
+python=$1
+case $python in /*) ;; *) python=$PWD/$python ;; esac
+tree=$(cd "$(dirname "$0")/.." && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+CMAKE_BUILD_PARALLEL_LEVEL=2 "$python" -m pip wheel --quiet --no-build-isolation --no-deps -w "$work/wheel" "$tree"
+"$python" -m venv "$work/venv"
+"$work/venv/bin/python" -m pip install --quiet --no-deps "$work"/wheel/mergekernels-*.whl
+# The dependencies of the command line alone, in the pinned versions.
+grep -E '^(PyYAML|pydantic|typer|rich)==' "$tree/requirements-dev.txt" >"$work/requirements.txt"
+"$work/venv/bin/python" -m pip install --quiet -r "$work/requirements.txt"
+
+cd "$work"
+"$work/venv/bin/python" "$tree/tests/wheel_smoke.py"
+for pinned in torch numpy triton; do
+    if "$work/venv/bin/python" -c "import $pinned" 2>/dev/null; then
+        echo "wheel smoke test: $pinned is installed, so nothing was shown" >&2
+        exit 1
+    fi
+done
+"$work/venv/bin/mergekernels" run recipe.yml out --quiet
+"$work/venv/bin/mergekernels" verify out
+"$work/venv/bin/mergekernels" diff out expected
+"$work/venv/bin/mergekernels" backends
+echo "wheel smoke test: passed"
