@@ -1,0 +1,58 @@
+"""What every command does around its work: signals, errors to messages, exit codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..errors import MergeError
+from .output import Output
+from .signals import Interrupted, orderly
+
+__all__ = ["guarded", "show_tracebacks"]
+
+_tracebacks = False
+
+
+def show_tracebacks() -> None:
+    """Lets errors through with their tracebacks, for reports of bugs."""
+    global _tracebacks
+    _tracebacks = True
+
+
+def guarded(output: Output, work: Callable[[], int], *, interrupted: str = "") -> None:
+    """Runs `work` and exits with the status it returns, or with the one that fits its error.
+
+    interrupted : a sentence for people who stop the command, about what is left on disk.
+    """
+    try:
+        with orderly():
+            status = work()
+    except Interrupted as stop:
+        name = "Ctrl-C" if stop.number == 2 else "termination request"
+        output.error(
+            _Stopped(f"stopped by {name}", code="interrupted", hint=interrupted or None).with_exit(stop.number)
+        )
+        status = 128 + stop.number
+    except MergeError as error:
+        if _tracebacks:
+            raise
+        output.error(error)
+        status = error.exit_code
+    except Exception as error:
+        if _tracebacks:
+            raise
+        output.error(
+            MergeError(
+                f"unexpected {type(error).__name__}: {error}",
+                code="internal",
+                hint="This is a defect; `mergekernels --traceback` followed by the same command shows where.",
+            )
+        )
+        status = 1
+    raise SystemExit(status)
+
+
+class _Stopped(MergeError):
+    def with_exit(self, number: int) -> _Stopped:
+        self.exit_code = 128 + number
+        return self

@@ -1,0 +1,115 @@
+"""Methods as text: the table of all, and the page of one."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from ..methods.protocol import REQUIRED, MethodInfo, Param
+from .text import table
+
+__all__ = ["info_dict", "method_text", "methods_text"]
+
+_WIDTH = 110
+_BASE = {"required": "required", "optional": "optional", "input": "one more input"}
+
+
+def info_dict(info: MethodInfo) -> dict[str, Any]:
+    """A JSON-serialisable form; a parameter without default has "required": true."""
+    data = {f.name: getattr(info, f.name) for f in fields(info)}
+    data["params"] = [_param_dict(p) for p in info.params]
+    data["dialects"] = dict(info.dialects)
+    data["deviations"] = list(info.deviations)
+    return data
+
+
+def _param_dict(param: Param) -> dict[str, Any]:
+    data = {f.name: getattr(param, f.name) for f in fields(param)}
+    data["python"] = param.keyword
+    data["required"] = param.default is REQUIRED
+    data["default"] = None if param.default is REQUIRED else param.default
+    data["choices"], data["optional_in"] = list(param.choices), list(param.optional_in)
+    return data
+
+
+def methods_text(infos: Sequence[MethodInfo]) -> str:
+    """One line per method."""
+    rows = [(i.name, _models(i), _BASE[i.base], i.tier, i.purpose) for i in infos]
+    return (
+        table(rows, ("method", "models", "base", "tier", "purpose"))
+        + "\n\n`mergekernels methods NAME` tells all about one."
+    )
+
+
+def method_text(info: MethodInfo) -> str:
+    """All about one method."""
+    parts = [
+        f"{info.name}: {info.purpose}",
+        "",
+        _section("formula", info.formula),
+        _section("models", _models(info) + (" besides the base" if info.base != "input" else "")),
+        _section("base", _BASE[info.base]),
+        _section("tier", _TIERS[info.tier]),
+        _section("passes", info.passes),
+        _section("source", info.source),
+        "",
+        "Parameters",
+        *(_parameter(p) for p in info.params),
+        "",
+        "Dialects",
+        *(_section(name, text, 12) for name, text in info.dialects.items()),
+    ]
+    if info.deviations:
+        parts += ["", "Deviations", *(_wrap("- " + text, "    ") for text in info.deviations)]
+    return "\n".join(parts)
+
+
+_TIERS = {
+    "T0": "T0: the same bits on every backend, thread count, tiling and shard cut",
+    "T1": "T1: the same bits everywhere, by sums over fixed blocks",
+    "T2": "T2: within a stated tolerance",
+}
+
+
+def _models(info: MethodInfo) -> str:
+    if info.min_models == info.max_models:
+        return str(info.min_models)
+    return f"{info.min_models} to {info.max_models}"
+
+
+def _parameter(param: Param) -> str:
+    facts: list[str] = [param.kind]
+    if param.choices:
+        facts = [" | ".join(param.choices)]
+    elif param.low is not None or param.high is not None:
+        low = "-inf" if param.low is None else f"{param.low:g}"
+        high = "inf" if param.high is None else f"{param.high:g}"
+        facts.append(f"in [{low}, {high}]")
+    if param.per_model:
+        facts.append("per model")
+    if param.default is REQUIRED:
+        optional = f" (1 in dialect {', '.join(param.optional_in)})" if param.optional_in else ""
+        facts.append("required" + optional)
+    elif param.default is not None:
+        facts.append(f"default {_value(param.default)}")
+    if param.keyword != param.name:
+        facts.append(f"`{param.keyword}` in Python")
+    return f"  {param.name:<12}{', '.join(facts)}\n" + _wrap(param.help, " " * 14)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _section(name: str, text: str, width: int = 10) -> str:
+    lines = textwrap.wrap(text, _WIDTH - width - 2) or [""]
+    return "\n".join(f"  {name if i == 0 else '':<{width}}{line}" for i, line in enumerate(lines))
+
+
+def _wrap(text: str, by: str) -> str:
+    first = by if not text.startswith("- ") else "  "
+    return textwrap.fill(text, _WIDTH, initial_indent=first, subsequent_indent=by)

@@ -1,0 +1,122 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .text import count, duration, indent, plural, size, table
+
+__all__ = ["plan_text"]
+
+_STATES = {
+    "absent": "does not exist yet",
+    "done": "already holds this merge; run would do nothing",
+    "resumable": "unfinished work of this merge is there; run resumes it",
+    "exists": "exists and holds something else; run needs --overwrite",
+}
+
+
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """The dry run: inputs, method, parameters, output, passes, bytes, memory, disk, time, warnings.
+
+    plan : as from `Plan.to_dict`.
+    """
+    output, passes, time = plan["output"], plan["passes"], plan["time"]
+    inputs = [
+        (str(i), x["label"], plural(x["files"], "file"), plural(x["tensors"], "tensor"), size(x["bytes"]))
+        for i, x in enumerate(plan["inputs"])
+    ]
+    kinds = [plural(output["tensors"], "tensor")]
+    if output.get("buffers"):
+        kinds.append(plural(output["buffers"], "integer buffer"))
+    if output.get("copies"):
+        kinds.append(f"{count(output['copies'])} copied as they are")
+    parts = [
+        f"method     {plan['method']} (dialect {plan['dialect']}, seed {plan['seed']}, NaN: {plan['nan']})",
+        f"backend    {plan['backend']} on {plan['device']}, {plural(plan['threads'], 'thread')}",
+        "inputs",
+        indent(table(inputs, right=(3, 4))),
+        "parameters",
+        indent(_parameters(plan["parameters"])),
+        f"output     {', '.join(kinds)}, {size(output['bytes'])}",
+        indent(
+            table(
+                ((f["name"], plural(_number(f["tensors"]), "tensor"), size(f["bytes"])) for f in output["files"][:20]),
+                right=(1, 2),
+            )
+        ),
+    ]
+    if len(output["files"]) > 20:
+        parts.append(f"  ... and {count(len(output['files']) - 20)} more files")
+    for name, stands_for in dict(output.get("aliases") or {}).items():
+        parts.append(f"  {name} is tied to {stands_for} and not stored")
+    sampled = ", after a sample of the inputs" if passes.get("sampled") else ""
+    parts += [
+        f"passes     {plural(passes['reads'], 'read')} of the inputs{sampled}, "
+        f"{plural(passes['writes'], 'write')} of the output; statistics over the {plan['scope']}",
+        f"bytes      {size(plan['bytes_read'])} read, {size(plan['bytes_written'])} written",
+        f"memory     {size(plan['peak_memory'])} at most for tensors, of a budget of {size(plan['memory'])}; "
+        f"tiles of {size(plan['tile_bytes'])}",
+    ]
+    disk = plan.get("disk")
+    if disk:
+        parts.append(f"disk       {size(disk['needed'])} needed, {size(disk['free'])} free at {disk['path']}")
+    parts.append(
+        f"time       about {duration(time['seconds'])}, assuming {size(time['read_rate'])}/s read and "
+        f"{size(time['write_rate'])}/s written"
+    )
+    if plan.get("state") in _STATES and disk:
+        parts.append(f"state      the output {_STATES[plan['state']]}")
+    parts.append(f"plan hash  {plan['plan_hash']}")
+    parts += [f"warning: {w}" for w in plan["warnings"]]
+    return "\n".join(parts)
+
+
+def _number(tensors: Any) -> int:
+    return tensors if isinstance(tensors, int) else len(tensors)
+
+
+def _parameters(groups: list[Mapping[str, Any]]) -> str:
+    """Each parameter once: its value if all tensors share it, else its range and how many values there are."""
+    if not groups:
+        return "none"
+    names = list(dict.fromkeys(name for g in groups for name in g["params"]))
+    rows = []
+    for name in names:
+        values: dict[str, tuple[Any, int, list[str]]] = {}
+        for g in groups:
+            if name in g["params"]:
+                value = g["params"][name]
+                _, seen, examples = values.get(_show(value), (value, 0, list(g["examples"])))
+                values[_show(value)] = (value, seen + int(g["tensors"]), examples)
+        rows.append((name, *_spread(values)))
+    return table(rows)
+
+
+def _spread(values: Mapping[str, tuple[Any, int, list[str]]]) -> tuple[str, str]:
+    if len(values) == 1:
+        return next(iter(values)), ""
+    if len(values) <= 3:
+        rare = sorted(values.items(), key=lambda item: -item[1][1])
+        return (
+            "varies",
+            "; ".join(
+                f"{text} in {plural(n, 'tensor')}" + (f" ({e[0]}, ...)" if e else "") for text, (_, n, e) in rare
+            ),
+        )
+    flat = [v for value, _, _ in values.values() for v in (value if isinstance(value, (list, tuple)) else [value])]
+    if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in flat):
+        return "varies", f"{len(values)} values between {min(flat):g} and {max(flat):g} (--json lists them)"
+    return "varies", f"{len(values)} values (--json lists them)"
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        shown = [_show(v) for v in value]
+        return shown[0] + " (every model)" if len(shown) > 1 and len(set(shown)) == 1 else "[" + ", ".join(shown) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "as the dialect says"
+    return f"{value:g}" if isinstance(value, float) else str(value)
