@@ -62,7 +62,7 @@ def shards(folder: Path) -> list[str]:
 
 
 def read_floor(folders: list[Path], repeat: int) -> float:
-    """Seconds that `cat` takes to read the weights of all inputs; the first, unmeasured reading fills the page cache."""
+    """Seconds that `cat` takes to read all inputs; the first, unmeasured reading fills the page cache."""
     files = [file for folder in folders for file in shards(folder)]
     measure(["cat", *files])
     return statistics.median(measure(["cat", *files])["wall_s"] for _ in range(repeat))
@@ -190,20 +190,19 @@ class Bench:
 
 def summary(method: str, result: dict[str, Any]) -> str:
     """One line per tool and budget, with ratios."""
-    lines = [
-        f"{method}: floor {result['floor_s']:.2f} s (read {result['floor_read_s']:.2f}, write {result['floor_write_s']:.2f})"
-    ]
+    floor, read, write = (result[key] for key in ("floor_s", "floor_read_s", "floor_write_s"))
+    lines = [f"{method}: floor {floor:.2f} s (read {read:.2f}, write {write:.2f})"]
+
+    def row(tool: str, run: dict[str, float], tail: str = "") -> None:
+        wall, cpu, rss = run["wall_s"], run["cpu_s"], run["peak_rss_mb"]
+        lines.append(f"  {tool:23}{wall:8.2f} s  cpu {cpu:7.2f} s  {rss:7.0f} MB  {wall / floor:6.2f}x the floor{tail}")
+
     peer = result.get("mergekit")
     if peer:
-        lines.append(
-            f"  mergekit               {peer['wall_s']:8.2f} s  cpu {peer['cpu_s']:7.2f} s  {peer['peak_rss_mb']:7.0f} MB"
-        )
+        row("mergekit", peer)
     for memory, run in result["mergekernels"].items():
         ratio = f"  {peer['wall_s'] / run['wall_s']:6.1f}x faster than mergekit" if peer else ""
-        lines.append(
-            f"  mergekernels {memory:>9} {run['wall_s']:8.2f} s  cpu {run['cpu_s']:7.2f} s  {run['peak_rss_mb']:7.0f} MB"
-            f"  {run['wall_s'] / result['floor_s']:5.2f}x the floor{ratio}"
-        )
+        row(f"mergekernels {memory}", run, ratio)
     if peer:
         c = result["against_mergekit"]
         lines.append(
