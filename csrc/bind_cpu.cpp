@@ -1,0 +1,251 @@
+// The Python module _cpu: conversions only. Needs neither torch nor numpy.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/tree.h"
+#include "cpu/buffer.h"
+#include "cpu/ops.h"
+
+namespace py = pybind11;
+namespace mk = mergekernels;
+
+namespace {
+
+using PieceTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+using ViewTuple = std::tuple<std::uintptr_t, int, int, std::vector<std::int64_t>, std::vector<std::int64_t>>;
+
+mk::Piece to_piece(const PieceTuple& p) { return {std::get<0>(p), std::get<1>(p), std::get<2>(p), std::get<3>(p)}; }
+
+mk::View to_view(const ViewTuple& v) {
+  mk::View view;
+  view.data = reinterpret_cast<char*>(std::get<0>(v));
+  view.dtype = std::get<1>(v);
+  view.cast = std::get<2>(v) == view.dtype ? -1 : std::get<2>(v);
+  view.shape = std::get<3>(v);
+  view.strides = std::get<4>(v);
+  return view;
+}
+
+mk::Program to_program(const py::tuple& t) {
+  if (t.size() != 11) throw py::value_error("a program has 11 fields");
+  const auto weights = t[0].cast<std::vector<double>>();
+  const auto keep = t[1].cast<std::vector<std::optional<std::tuple<std::uint64_t, int, std::uint32_t, std::int64_t>>>>();
+  if (weights.empty() || weights.size() > mk::kMaxModels || weights.size() != keep.size())
+    throw py::value_error("a program needs one weight and one keep for each of 1 to 64 models");
+  mk::Program p{};
+  p.num_models = static_cast<int>(weights.size());
+  for (std::size_t m = 0; m < weights.size(); ++m) {
+    p.weights[m] = weights[m];
+    if (!keep[m]) continue;
+    const auto& [tau, ties, word, index] = *keep[m];
+    if (ties < mk::kTiesAll || ties > mk::kTiesIndex) throw py::value_error("ties are 0 (all) to 3 (index)");
+    p.keep[m] = {tau, index, word, ties, 1};
+  }
+  p.has_base = t[2].cast<bool>();
+  p.consensus = t[3].cast<int>();
+  p.zero_vote = t[4].cast<int>();
+  p.divisor = t[5].cast<int>();
+  p.divisor_value = t[6].cast<double>();
+  p.scale = t[7].cast<double>();
+  p.copy = t[8].cast<bool>();
+  p.seed = t[9].cast<std::uint64_t>();
+  p.tensor = t[10].cast<std::uint32_t>();
+  if (p.consensus < 0 || p.consensus > 1 || p.divisor < 0 || p.divisor > 3 || p.zero_vote < -1 || p.zero_vote > 1)
+    throw py::value_error("a field of the program is out of its range");
+  return p;
+}
+
+// A contiguous buffer of 8-byte items.
+template <class T>
+std::pair<const T*, std::int64_t> items(const py::buffer_info& info) {
+  if (info.itemsize != sizeof(T) || info.ndim != 1 || (info.size > 1 && info.strides[0] != sizeof(T)))
+    throw py::value_error("a contiguous, one-dimensional buffer of 8-byte items is needed");
+  return {static_cast<const T*>(info.ptr), info.size};
+}
+
+std::pair<std::int64_t, std::int64_t> pair_of(const mk::NonFinite& n) { return {n.first, n.count}; }
+
+void bind_sweep_stats(py::module_& m) {
+  using S = mk::SweepStats;
+  const auto nogil = py::call_guard<py::gil_scoped_release>();
+  py::class_<S>(m, "SweepStats")
+      .def(py::init([](const std::vector<int>& stages, const std::vector<std::uint64_t>& lo,
+                       const std::vector<std::uint64_t>& hi, const std::vector<std::uint64_t>& tau, int order,
+                       std::int64_t capacity) {
+             if (lo.size() != stages.size() || hi.size() != stages.size() || tau.size() != stages.size())
+               throw py::value_error("stages, lo, hi and tau need one value for each model");
+             std::vector<S::Interval> intervals;
+             for (std::size_t i = 0; i < stages.size(); ++i) intervals.push_back({stages[i], lo[i], hi[i], tau[i]});
+             return std::make_unique<S>(std::move(intervals), order, capacity);
+           }),
+           py::arg("stages"), py::arg("lo"), py::arg("hi"), py::arg("tau"), py::arg("order"), py::arg("capacity"))
+      .def("before", &S::before, py::arg("model"))
+      .def("inside", &S::inside, py::arg("model"))
+      .def("overflowed", &S::overflowed, py::arg("model"))
+      .def("histogram", &S::histogram, py::arg("model"))
+      .def("order_statistics", &S::order_statistics, py::arg("model"), py::arg("ranks"), nogil)
+      .def("count_ordinal", &S::count_ordinal, py::arg("model"), py::arg("ordinal"), nogil)
+      .def("tie_point", &S::tie_point, py::arg("model"), py::arg("rank"), py::arg("tau"), py::arg("order"),
+           py::arg("seed"), py::arg("offsets"), py::arg("tensor_ids"), nogil)
+      .def("nonfinite", [](const S& s, int source) { return pair_of(s.nonfinite(source)); }, py::arg("source"))
+      .def(
+          "add",
+          [](S& s, int model, std::int64_t before, const py::buffer& ordinals, const py::buffer& indices) {
+            const py::buffer_info a = ordinals.request(), b = indices.request();
+            const auto [ordinal, n] = items<std::uint64_t>(a);
+            const auto [index, same] = items<std::uint64_t>(b);
+            if (n != same) throw py::value_error("ordinals and indices differ in length");
+            std::vector<mk::Entry> entries(static_cast<std::size_t>(n));
+            for (std::int64_t i = 0; i < n; ++i) entries[static_cast<std::size_t>(i)] = {ordinal[i], index[i]};
+            s.add(model, before, entries.data(), n);
+          },
+          py::arg("model"), py::arg("before"), py::arg("ordinals"), py::arg("indices"))
+      .def("add_nonfinite", &S::add_nonfinite, py::arg("source"), py::arg("first"), py::arg("count"))
+      .def("merge", &S::merge, py::arg("other"), nogil)
+      .def("dump", [](const S& s) { return py::bytes(s.dump()); })
+      .def_static("load", [](const py::bytes& data) { return std::unique_ptr<S>(S::load(data)); }, py::arg("data"));
+}
+
+void bind_stream_stats(py::module_& m) {
+  using S = mk::StreamStats;
+  py::class_<S>(m, "StreamStats")
+      .def(py::init<int, std::int64_t>(), py::arg("num_models"), py::arg("num_blocks"))
+      .def_property_readonly("num_blocks", &S::num_blocks)
+      .def_property_readonly("num_models", &S::num_models)
+      .def("kept", &S::kept, py::arg("model"))
+      .def("conflicts", &S::conflicts)
+      .def("votes", &S::votes)
+      .def("nonfinite", [](const S& s, int source) { return pair_of(s.nonfinite(source)); }, py::arg("source"))
+      .def("sum_squares", &S::sum_squares, py::arg("model"), py::call_guard<py::gil_scoped_release>())
+      .def(
+          "add",
+          [](S& s, const std::vector<std::int64_t>& kept, std::int64_t conflicts, std::int64_t positive,
+             std::int64_t negative) {
+            if (static_cast<int>(kept.size()) != s.num_models())
+              throw py::value_error("kept needs one count for each model");
+            mk::StreamCounters c{};
+            for (std::size_t i = 0; i < kept.size(); ++i) c.kept[i] = kept[i];
+            c.conflicts = conflicts;
+            c.positive = positive;
+            c.negative = negative;
+            s.add(c);
+          },
+          py::arg("kept"), py::arg("conflicts"), py::arg("positive"), py::arg("negative"))
+      .def("add_nonfinite", &S::add_nonfinite, py::arg("source"), py::arg("first"), py::arg("count"))
+      .def(
+          "set_blocks",
+          [](S& s, int model, std::int64_t first, const py::buffer& sums) {
+            const py::buffer_info info = sums.request();
+            const auto [data, n] = items<double>(info);
+            s.set_blocks(model, first, data, n);
+          },
+          py::arg("model"), py::arg("first_block"), py::arg("sums"))
+      .def("merge", &S::merge, py::arg("other"))
+      .def("dump", [](const S& s) { return py::bytes(s.dump()); })
+      .def_static("load", [](const py::bytes& data) { return std::unique_ptr<S>(S::load(data)); }, py::arg("data"));
+}
+
+void bind_ops(py::module_& m) {
+  m.def(
+      "sweep",
+      [](mk::SweepStats& stats, const PieceTuple& piece, const std::optional<ViewTuple>& base,
+         const std::vector<std::optional<ViewTuple>>& models, int compute, std::uint64_t seed, std::uint32_t tensor,
+         std::int64_t offset, int threads, const std::string& isa) {
+        const mk::Kernels& kernels = mk::kernels_of(isa);
+        const mk::View base_view = base ? to_view(*base) : mk::View{};
+        std::vector<mk::View> views(models.size());
+        std::vector<const mk::View*> pointers(models.size(), nullptr);
+        for (std::size_t i = 0; i < models.size(); ++i) {
+          if (!models[i]) continue;
+          views[i] = to_view(*models[i]);
+          pointers[i] = &views[i];
+        }
+        const py::gil_scoped_release release;
+        mk::sweep(&stats, to_piece(piece), base ? &base_view : nullptr, pointers, compute, seed, tensor, offset,
+                  threads, kernels);
+      },
+      py::arg("stats"), py::arg("piece"), py::arg("base"), py::arg("models"), py::arg("compute"), py::arg("seed"),
+      py::arg("tensor"), py::arg("offset"), py::arg("threads"), py::arg("isa"));
+  m.def(
+      "stream",
+      [](const py::tuple& program, const PieceTuple& piece, const std::optional<ViewTuple>& base,
+         const std::vector<ViewTuple>& models, const std::optional<ViewTuple>& out, int compute,
+         mk::StreamStats* stats, int threads, const std::string& isa) {
+        const mk::Kernels& kernels = mk::kernels_of(isa);
+        const mk::Program p = to_program(program);
+        const mk::View base_view = base ? to_view(*base) : mk::View{};
+        const mk::View out_view = out ? to_view(*out) : mk::View{};
+        std::vector<mk::View> views;
+        for (const ViewTuple& v : models) views.push_back(to_view(v));
+        const py::gil_scoped_release release;
+        mk::stream(p, to_piece(piece), base ? &base_view : nullptr, views, out ? &out_view : nullptr, compute, stats,
+                   threads, kernels);
+      },
+      py::arg("program"), py::arg("piece"), py::arg("base"), py::arg("models"), py::arg("out"), py::arg("compute"),
+      py::arg("stats"), py::arg("threads"), py::arg("isa"));
+  m.def(
+      "philox",
+      [](std::uint64_t seed, std::uint32_t tensor, std::uint32_t stream, std::int64_t first, std::int64_t count) {
+        std::vector<std::uint32_t> words;
+        for (std::int64_t i = 0; i < count; ++i)
+          words.push_back(mk::philox_word(seed, tensor, stream, static_cast<std::uint64_t>(first + i)));
+        return words;
+      },
+      py::arg("seed"), py::arg("tensor"), py::arg("stream"), py::arg("first"), py::arg("count"));
+  m.def(
+      "block_tree",
+      [](const py::buffer& values) {
+        const py::buffer_info info = values.request();
+        const auto [data, n] = items<double>(info);
+        std::vector<double> sums(data, data + n);
+        return mk::fold_blocks(sums.data(), n);
+      },
+      py::arg("values"));
+  m.def("isas", [] {
+    int count = 0;
+    const mk::Kernels* const* table = mk::available_kernels(&count);
+    std::vector<std::string> names;
+    for (int i = 0; i < count; ++i) names.emplace_back(table[i]->name);
+    return names;
+  });
+  m.def("build_info", [] {
+    py::dict info;
+#if defined(__clang__)
+    info["compiler"] = "clang " __clang_version__;
+#else
+    info["compiler"] = "gcc " __VERSION__;
+#endif
+    std::string built = "base";
+#if defined(MK_WITH_AVX2)
+    built = "avx2, " + built;
+#endif
+#if defined(MK_WITH_AVX512)
+    built = "avx512, " + built;
+#endif
+    info["isas"] = built;
+    return info;
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
+  m.doc() = "The C++ CPU backend of mergekernels; see _cpu.pyi.";
+  py::class_<mk::Buffer>(m, "Buffer", py::buffer_protocol())
+      .def(py::init<std::int64_t>(), py::arg("nbytes"))
+      .def_property_readonly("ptr", [](const mk::Buffer& b) { return reinterpret_cast<std::uintptr_t>(b.data()); })
+      .def_property_readonly("nbytes", &mk::Buffer::nbytes)
+      .def_buffer([](mk::Buffer& b) {
+        return py::buffer_info(b.data(), 1, py::format_descriptor<std::uint8_t>::format(), b.nbytes());
+      });
+  bind_sweep_stats(m);
+  bind_stream_stats(m);
+  bind_ops(m);
+}

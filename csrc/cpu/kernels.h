@@ -1,0 +1,97 @@
+// The entry points that are compiled once per instruction set. Plain data only: nothing with linkage of its own may cross.
+#pragma once
+
+#include "common/dtype.h"
+#include "common/program.h"
+
+namespace mergekernels {
+
+// Elements that the kernels take through the first-level cache at a time.
+constexpr int kBlock = 256;
+
+// Consecutive elements of a tensor in memory. cast: dtype to round to after loading, -1 for none.
+struct Source {
+  const void* data;
+  int dtype;
+  int cast;
+};
+
+struct NonFinite {
+  std::int64_t first;  // -1 for none
+  std::int64_t count;
+};
+
+struct StreamCounters {
+  std::int64_t kept[kMaxModels];
+  std::int64_t conflicts, positive, negative;
+  NonFinite nonfinite[kMaxModels + 2];  // models, base, output
+};
+
+// One run: n consecutive elements of a piece, from ordinal `first` (a multiple of kCanonicalBlock).
+struct StreamArgs {
+  const Program* program;
+  Piece piece;
+  std::int64_t first, n;
+  Source base;
+  Source models[kMaxModels];
+  void* out;  // null: statistics only
+  int out_dtype;
+  int compute;                // kF32 or kF64
+  StreamCounters* counters;   // null: no statistics
+  double* block_sums;         // null: no norms; sum of block j of model t at [t * block_stride + j]
+  std::int64_t block_stride;
+  void* scratch;              // stream_scratch_bytes(), aligned to 64
+};
+
+constexpr std::int64_t stream_scratch_bytes(int num_models) {
+  // base, result; per model: values, weighted values, ties; lanes of the norms
+  return std::int64_t(kBlock) * 8 * (4 + 4 * std::int64_t(num_models));
+}
+
+enum Stage : int { kStageOut = 0, kStageKey = 1, kStageTie = 2 };
+
+struct SweepModel {
+  Source source;
+  int stage;
+  std::uint64_t lo, hi, tau;  // as in Interval; stage tie looks for key == tau only
+};
+
+// What a run found for one model: for stage key the elements inside [lo, hi], for stage tie those with key tau.
+struct Found {
+  void* keys;            // keys of the compute type
+  std::uint32_t* where;  // ordinals inside the run
+  std::int64_t size;
+};
+
+struct SweepArgs {
+  int num_models;
+  int has_base;
+  Piece piece;
+  std::int64_t first, n;  // n below 2^31
+  Source base;
+  SweepModel models[kMaxModels];
+  int compute;
+  std::int64_t before[kMaxModels];
+  NonFinite nonfinite[kMaxModels + 1];  // first: flat index
+  Found found[kMaxModels];
+  std::int64_t capacity;  // of each `found`, which also has room for kBlock more
+  void (*flush)(SweepArgs* args, int model);
+  void* context;
+  void* scratch;  // sweep_scratch_bytes, aligned to 64
+};
+
+constexpr std::int64_t sweep_scratch_bytes = std::int64_t(kBlock) * 8 * 3;
+
+struct Kernels {
+  const char* name;
+  void (*stream)(const StreamArgs* args);
+  void (*sweep)(SweepArgs* args);
+  // The words of the elements with flat indices g[0 .. n - 1].
+  void (*philox)(std::uint64_t seed, std::uint32_t tensor, std::uint32_t stream, const std::int64_t* g, std::int64_t n,
+                 std::uint32_t* words);
+};
+
+// The best instruction set first; `count` is set to their number. Only what this machine can run.
+const Kernels* const* available_kernels(int* count);
+
+}  // namespace mergekernels

@@ -1,0 +1,32 @@
+// The ops of the CPU backend: checks, the cut into threads and runs, and the calls of the kernels.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "common/philox.h"
+#include "cpu/stats.h"
+#include "cpu/view.h"
+
+namespace mergekernels {
+
+// The kernels called `isa`; throws if this build or machine lacks them.
+const Kernels& kernels_of(const std::string& isa);
+
+// Threads that work of this size is worth: at most `threads`, at least 1 MiB of input for each.
+int team_size(int threads, std::int64_t bytes);
+
+void check_piece(const Piece& piece);
+
+// Throws unless the view has the elements of the piece, a dtype that can be computed with and an aligned address.
+void check_view(const View& view, const Piece& piece, const char* what);
+
+// base, out: null where absent.
+void stream(const Program& program, const Piece& piece, const View* base, const std::vector<View>& models,
+            const View* out, int compute, StreamStats* stats, int threads, const Kernels& kernels);
+
+// A null model is left out, as one whose interval is.
+void sweep(SweepStats* stats, const Piece& piece, const View* base, const std::vector<const View*>& models, int compute,
+           std::uint64_t seed, std::uint32_t tensor, std::int64_t offset, int threads, const Kernels& kernels);
+
+}  // namespace mergekernels
