@@ -5,12 +5,14 @@
 
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "common/tree.h"
 #include "cpu/buffer.h"
+#include "cpu/compare.h"
 #include "cpu/ops.h"
 
 namespace py = pybind11;
@@ -208,6 +210,22 @@ void bind_ops(py::module_& m) {
         return mk::fold_blocks(sums.data(), n);
       },
       py::arg("values"));
+  m.def(
+      "compare",
+      [](std::uintptr_t a, const std::string& dtype_a, std::uintptr_t b, const std::string& dtype_b, std::int64_t n,
+         bool norm) {
+        if (!mk::comparable(dtype_a, dtype_b) || n < 0)
+          throw std::invalid_argument("compare: cannot compare " + dtype_a + " with " + dtype_b);
+        mk::Comparison c;
+        {
+          py::gil_scoped_release release;
+          c = mk::compare(reinterpret_cast<const void*>(a), dtype_a, reinterpret_cast<const void*>(b), dtype_b, n, norm);
+        }
+        const auto max_ulp = c.measured ? std::optional<std::uint64_t>(c.max_ulp) : std::nullopt;
+        return std::make_tuple(c.differing, c.first, c.unbounded, max_ulp, c.max_ulp_at, c.max_abs, c.squares_diff,
+                               c.squares_a);
+      },
+      py::arg("a"), py::arg("dtype_a"), py::arg("b"), py::arg("dtype_b"), py::arg("n"), py::arg("norm"));
   m.def("isas", [] {
     int count = 0;
     const mk::Kernels* const* table = mk::available_kernels(&count);

@@ -136,6 +136,16 @@ def stream(
 def philox(seed: int, tensor: int, stream: int, first: int, count: int) -> list[int]:
     """The 32-bit words of elements first .. first + count - 1."""
 
+def compare(
+    a: int, dtype_a: str, b: int, dtype_b: str, n: int, norm: bool
+) -> tuple[int, int, int, int | None, int, float, float, float]:
+    """Compares n elements at two addresses; dtypes by their safetensors names, equal or both floats.
+
+    (differing pairs, first of them or -1, unequal pairs with NaN or Inf, largest distance in ULPs of the narrower dtype or None
+    where values are not interpreted, its index or -1, largest |a - b|, sum of (a - b)^2, sum of a^2); sums over canonical blocks.
+    With norm False, equal bytes return at once and the last sum is 0.
+    """
+
 def block_tree(values: Any) -> float:
     """The binary tree over a contiguous buffer of float64 block sums."""
 
