@@ -88,6 +88,7 @@ void bind_sweep_stats(py::module_& m) {
              return std::make_unique<S>(std::move(intervals), order, capacity);
            }),
            py::arg("stages"), py::arg("lo"), py::arg("hi"), py::arg("tau"), py::arg("order"), py::arg("capacity"))
+      .def_property_readonly("capacity", &S::capacity)
       .def("before", &S::before, py::arg("model"))
       .def("inside", &S::inside, py::arg("model"))
       .def("overflowed", &S::overflowed, py::arg("model"))
@@ -109,6 +110,15 @@ void bind_sweep_stats(py::module_& m) {
             s.add(model, before, entries.data(), n);
           },
           py::arg("model"), py::arg("before"), py::arg("ordinals"), py::arg("indices"))
+      .def(
+          "add_histogram",
+          [](S& s, int model, std::int64_t before, const py::buffer& bins) {
+            const py::buffer_info info = bins.request();
+            const auto [counts, n] = items<std::int64_t>(info);
+            if (n != mk::kNumBins) throw py::value_error("a histogram has 4096 bins");
+            s.add_histogram(model, before, counts);
+          },
+          py::arg("model"), py::arg("before"), py::arg("bins"))
       .def("add_nonfinite", &S::add_nonfinite, py::arg("source"), py::arg("first"), py::arg("count"))
       .def("merge", &S::merge, py::arg("other"), nogil)
       .def("dump", [](const S& s) { return py::bytes(s.dump()); })

@@ -31,6 +31,7 @@ class SweepStats {
 
   int num_models() const { return static_cast<int>(models_.size()); }
   int order() const { return order_; }
+  std::int64_t capacity() const { return capacity_; }
   const Interval& interval(int model) const { return at(model).interval; }
   std::int64_t before(int model) const;
   std::int64_t inside(int model) const;
@@ -44,6 +45,8 @@ class SweepStats {
   NonFinite nonfinite(int source) const;
 
   void add(int model, std::int64_t before, const Entry* entries, std::int64_t n);
+  // kNumBins counts of entries that are not handed over.
+  void add_histogram(int model, std::int64_t before, const std::int64_t* bins);
   void add_nonfinite(int source, std::int64_t first, std::int64_t count);
   void merge(const SweepStats& other);
   std::string dump() const;

@@ -178,6 +178,18 @@ void SweepStats::add(int model, std::int64_t before, const Entry* entries, std::
   add_locked(&models_[static_cast<std::size_t>(model)], before, entries, n);
 }
 
+void SweepStats::add_histogram(int model, std::int64_t before, const std::int64_t* bins) {
+  if (at(model).interval.stage == kStageOut) throw std::invalid_argument("a model that is left out has no histogram");
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Model& m = models_[static_cast<std::size_t>(model)];
+  spill(&m);
+  m.before += before;
+  for (int b = 0; b < kNumBins; ++b) {
+    m.inside += bins[b];
+    m.bins[static_cast<std::size_t>(b)] += bins[b];
+  }
+}
+
 void SweepStats::add_nonfinite(int source, std::int64_t first, std::int64_t count) {
   if (source < 0 || source > num_models()) throw std::out_of_range("no such source in this sweep");
   const std::lock_guard<std::mutex> lock(mutex_);
