@@ -7,7 +7,7 @@
 #include <type_traits>
 #include <vector>
 
-namespace mk {
+namespace mergekernels {
 namespace {
 
 constexpr std::int64_t kBlock = 4096;
@@ -297,4 +297,4 @@ Comparison compare(const void* a, std::string_view dtype_a, const void* b, std::
   return run_bytes<Opaque<std::uint8_t>>(a, b, n);
 }
 
-}  // namespace mk
+}  // namespace mergekernels

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <string_view>
 
-namespace mk {
+namespace mergekernels {
 
 // What a comparison found. A pair differs if its bits differ; between two dtypes, if its exact values differ (a zero's
 // sign counts, a NaN equals a NaN).
@@ -30,4 +30,4 @@ bool comparable(std::string_view dtype_a, std::string_view dtype_b);
 Comparison compare(const void* a, std::string_view dtype_a, const void* b, std::string_view dtype_b, std::int64_t n,
                    bool norm);
 
-}  // namespace mk
+}  // namespace mergekernels
