@@ -1,29 +1,209 @@
-"""The plan: what is read, what is written, where, and what it costs. Immutable and hashed."""
+"""The plan: what is read, what is written, where, and what it costs. Immutable and hashed; made from headers only."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass
+from math import prod
+from pathlib import Path
 from typing import Any
 
+from ..backends.dispatch import pick, requested
+from ..errors import ArgumentError, MergeError, OutputError, PlanError
+from ..methods import get
+from ..methods.protocol import Method, Round
+from .identity import plan_hash
+from .io import Io
+from .layout import OutputFile, index_json, lay_out
+from .memory import Budget, cut_budget, default_threads, memory_limit
 from .resolved import ResolvedMerge
+from .smallfiles import SmallFile, small_files
+from .specs import Specs, sources_of
+from .staging import OutState, inspect_out
+from .summary import summarise
 
-__all__ = ["Plan"]
+__all__ = ["Plan", "make_plan"]
+
+_ONE_AT_A_TIME = ("triton", "cuda")
 
 
 @dataclass(frozen=True)
 class Plan:
     """A merge laid out. `to_dict` is the dry run that `mergekernels plan` prints.
 
-    Keys of `to_dict()`: plan_hash, method, dialect, seed, nan, backend, device, threads, memory (bytes), tile_bytes,
-    inputs [{label, path, files, tensors, bytes}], output {files: [{name, bytes, tensors}], tensors, bytes, buffers, copies, aliases},
-    scope ("tensor" or "model"), passes {reads, sampled, writes}, bytes_read, bytes_written, peak_memory,
-    disk {path, needed, free}, time {seconds, read_rate, write_rate, assumed: true},
-    parameters [{params, tensors: count, examples: [names]}], state ("absent" | "done" | "resumable" | "exists"), warnings [str].
+    merge : the resolved recipe. hash : of all that determines the published bytes. files : the output's safetensors files, one
+    unit each. small : other published files, index included, manifest not. budget : how memory is cut.
+    backend, device : where tiles are computed. out : None if no output was named; state : what is there.
+    reads : expected full reads of the merged tensors. sampled : whether a sample comes first.
     """
 
     merge: ResolvedMerge
     hash: str
+    files: tuple[OutputFile, ...]
+    small: tuple[SmallFile, ...]
+    budget: Budget
+    backend: str
+    device: str
+    out: Path | None
+    state: OutState
+    reads: int
+    sampled: bool
+    specs: Specs
+    method: Method
+    warnings: tuple[str, ...]
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes of all input tensors that contribute, once."""
+        merge = self.merge
+        return sum(merge.inputs[s.input].tensors[s.tensor].nbytes for t in merge.tensors for s in sources_of(t))
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that are expected to be read, repeated reads included."""
+        merge = self.merge
+        members = set(self.specs.members)
+        total = 0
+        for i, t in enumerate(merge.tensors):
+            size = sum(merge.inputs[s.input].tensors[s.tensor].nbytes for s in sources_of(t))
+            total += size * (self.reads if i in members else 1)
+        return total
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of all published files, the manifest excepted."""
+        return sum(f.size for f in self.files) + sum(s.size for s in self.small)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain data."""
-        raise NotImplementedError
+        """The plan as plain data.
+
+        Keys: plan_hash, method, dialect, seed, nan, backend, device, threads, memory (bytes), tile_bytes,
+        inputs [{label, path, files, tensors, bytes}], output {files: [{name, bytes, tensors}], small_files: [names], tensors, bytes,
+        merged, buffers, copies, aliases}, scope ("tensor" or "model"), passes {reads, sampled, writes}, bytes_read, bytes_written,
+        peak_memory, disk {path, needed, free} or None, time {seconds, read_rate, write_rate, assumed}, parameters
+        [{params, tensors: count, examples: [names]}], state ("absent", "done", "resumable", "exists" or None), warnings [str].
+        """
+        return summarise(self)
+
+
+def make_plan(
+    merge: ResolvedMerge,
+    *,
+    memory: str | int | None,
+    threads: int | None,
+    backend: str | None,
+    device: str,
+    out: str | os.PathLike[str] | None,
+    shard_size: int,
+    io: Io,
+    tile: int | None = None,
+) -> Plan:
+    """Lays out a resolved merge. tile : elements of a tile, to force it (tests).
+
+    Raises
+    ------
+    PlanError : with every problem that was found. ArgumentError, BackendError : an option is not usable.
+    """
+    if shard_size < 1:
+        raise ArgumentError("not a shard size", code="shard-size", expected="at least 1 byte", got=str(shard_size))
+    method = get(merge.method)
+    name, _ = pick("stream", [], requested(backend), device)
+    specs = Specs(merge, method)
+    count = default_threads(threads)
+    budget = _budget(merge, memory, 1 if name in _ONE_AT_A_TIME else count, tile)
+    files = lay_out(merge.tensors, shard_size)
+    small = small_files(io, merge)
+    index = index_json(files)
+    if index is not None:
+        small = (*small, SmallFile.of("model.safetensors.index.json", index))
+    digest = plan_hash(merge, files, small)
+    target = None if out is None else Path(os.path.abspath(out))
+    state: OutState = None
+    problems: list[MergeError] = []
+    if target is not None:
+        problems += _check_target(target, merge)
+        if not problems:
+            state = inspect_out(io, target, digest)
+            problems += _check_space(target, files, state)
+    if problems:
+        raise PlanError(problems)
+    reads, sampled = _passes(specs, method)
+    return Plan(
+        merge, digest, files, small, budget, name, device, target, state, reads, sampled, specs, method, merge.warnings
+    )
+
+
+def _budget(merge: ResolvedMerge, memory: str | int | None, threads: int, tile: int | None) -> Budget:
+    sources = models = itemsize = largest = 1
+    for t in merge.tensors:
+        used = sources_of(t)
+        sources, models = max(sources, len(used)), max(models, len(t.models))
+        sizes = [merge.inputs[s.input].tensors[s.tensor].dtype.itemsize for s in used]
+        itemsize = max(itemsize, t.dtype.itemsize, *sizes)
+        largest = max(largest, prod(t.shape))
+    return cut_budget(memory_limit(memory), threads, sources, models, itemsize, largest, tile=tile)
+
+
+def _passes(specs: Specs, method: Method) -> tuple[int, bool]:
+    """(full reads, whether a sample is taken) that are expected of the most demanding tensor."""
+    reads, sampled = 1, False
+    for index in specs.members[:1] if specs.scope == "model" else specs.members:
+        state = method.start(specs.spec(index))
+        if isinstance(state, Round):
+            reads = max(reads, 2)
+            if state.selection is not None and state.selection.sample < 1.0:
+                sampled = True
+    return reads, sampled
+
+
+def _check_target(out: Path, merge: ResolvedMerge) -> list[MergeError]:
+    """What forbids writing to `out`, whatever is merged."""
+    parent = out.parent
+    if not parent.is_dir():
+        return [OutputError("the folder that should hold the output does not exist", code="output.parent", file=str(parent))]
+    if not os.access(parent, os.W_OK | os.X_OK):
+        return [OutputError("the folder that should hold the output is not writable", code="output.parent", file=str(parent))]
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        return [OutputError("the output is there and is not a folder", code="output.kind", file=str(out))]
+    if out.exists() and out.stat().st_dev != parent.stat().st_dev:
+        return [
+            OutputError(
+                "the output is a mount point, and cannot be replaced in one step",
+                code="output.device",
+                file=str(out),
+                hint="Name a folder inside it.",
+            )
+        ]
+    real = parent.resolve() / out.name
+    problems: list[MergeError] = []
+    for checkpoint in merge.inputs:
+        source = checkpoint.path.resolve()
+        if source == real or real in source.parents or source in real.parents:
+            problems.append(
+                OutputError(
+                    "the output would touch an input",
+                    code="output.is-input",
+                    file=str(out),
+                    expected="a folder apart from all inputs",
+                    got=f"input {checkpoint.path}",
+                )
+            )
+    return problems
+
+
+def _check_space(out: Path, files: tuple[OutputFile, ...], state: OutState) -> list[MergeError]:
+    if state in ("done", "resumable"):
+        return []
+    needed, free = sum(f.size for f in files), shutil.disk_usage(out.parent).free
+    if needed <= free:
+        return []
+    return [
+        OutputError(
+            "not enough space for the output",
+            code="output.space",
+            file=str(out),
+            expected=f"{needed} bytes free",
+            got=f"{free} bytes",
+        )
+    ]

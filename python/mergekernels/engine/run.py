@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 
+from .driver import execute
 from .events import Progress, ProgressSink, RunReport
-from .plan import Plan
+from .io import Io
+from .plan import Plan, make_plan
 from .resolved import ResolvedMerge
 
 __all__ = ["SHARD_SIZE", "Plan", "Progress", "ProgressSink", "RunReport", "plan", "run"]
@@ -40,7 +43,16 @@ def plan(
     ------
     RecipeError, FormatError, InputError, PlanError, ArgumentError, BackendError, OutputError
     """
-    raise NotImplementedError
+    return make_plan(
+        _resolved(recipe, seed, lenient),
+        memory=memory,
+        threads=threads,
+        backend=backend,
+        device=device,
+        out=out,
+        shard_size=shard_size,
+        io=Io(),
+    )
 
 
 def run(
@@ -70,4 +82,24 @@ def run(
     ------
     RecipeError, FormatError, InputError, PlanError, ArgumentError, BackendError, DataError, OutputError
     """
-    raise NotImplementedError
+    start = time.monotonic()
+    made = plan(
+        recipe,
+        memory=memory,
+        threads=threads,
+        seed=seed,
+        backend=backend,
+        device=device,
+        lenient=lenient,
+        out=out,
+        shard_size=shard_size,
+    )
+    return execute(made, overwrite=overwrite, progress=progress, io=Io(), start=start)
+
+
+def _resolved(recipe: str | PathLike[str] | ResolvedMerge, seed: int | None, lenient: bool) -> ResolvedMerge:
+    if isinstance(recipe, ResolvedMerge):
+        return recipe if seed is None else replace(recipe, seed=seed)
+    from .recipe import load_recipe, resolve
+
+    return resolve(load_recipe(recipe, lenient=lenient), seed=seed)

@@ -1,0 +1,155 @@
+"""What the jobs of a run share: input files, backend, counters; and what each worker owns."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..backends.dispatch import Backend, load
+from ..errors import DataError
+from ..tensors import CANONICAL_BLOCK, TensorView
+from .buffers import Tiles
+from .inputs import InputFiles, Stream, streams_of
+from .io import Io, read_exact
+from .plan import Plan
+from .resolved import ResolvedTensor
+from .specs import sources_of
+
+__all__ = ["Context", "OpenTensor", "Worker"]
+
+
+class Worker:
+    """One thread's tiles, and the bytes it has read."""
+
+    def __init__(self, slots: int, nbytes: int) -> None:
+        self.tiles = Tiles(slots, nbytes)
+        self.bytes_read = 0
+
+
+@dataclass
+class Context:
+    """Shared by all jobs of one run. warnings : said by jobs, in any order."""
+
+    plan: Plan
+    io: Io
+    inputs: InputFiles
+    backend: Backend
+    warnings: list[str] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @staticmethod
+    def of(plan: Plan, io: Io) -> Context:
+        """The context of a plan; nothing is opened yet."""
+        return Context(plan, io, InputFiles(io, plan.merge.inputs), load(plan.backend))
+
+    def workers(self) -> list[Worker]:
+        """The workers that the plan's budget pays for."""
+        budget = self.plan.budget
+        return [Worker(budget.sources + 1, budget.tile * budget.itemsize) for _ in range(budget.threads)]
+
+    def warn(self, text: str) -> None:
+        """Adds a warning to the report."""
+        with self._lock:
+            self.warnings.append(text)
+
+
+class OpenTensor:
+    """The sources of one output tensor: models in order, then the base; open files, and tiles of elements.
+
+    n : elements. tile : elements of a tile, a multiple of 4096. num_tiles : at least 1 for a tensor with elements.
+    """
+
+    def __init__(self, ctx: Context, tensor: ResolvedTensor, n: int) -> None:
+        self.tensor = tensor
+        self.n = n
+        merge = ctx.plan.merge
+        self._io = ctx.io
+        self._files = ctx.inputs
+        self.streams: list[Stream] = streams_of(merge.inputs, sources_of(tensor), ctx.inputs.first)
+        self.has_base = tensor.base is not None
+        self.nbytes = sum(s.nbytes for s in self.streams)
+        budget = ctx.plan.budget
+        widest = max(tensor.dtype.itemsize, *(s.dtype.itemsize for s in self.streams))
+        self.tile = budget.tile * budget.itemsize // widest // CANONICAL_BLOCK * CANONICAL_BLOCK
+        self.num_tiles = -(-n // self.tile)
+        self._fds: dict[int, int] = {}
+        self._where: list[tuple[int, Stream, str]] = []
+
+    @property
+    def num_models(self) -> int:
+        """Sources without the base."""
+        return len(self.streams) - self.has_base
+
+    def open(self) -> None:
+        """Takes descriptors.
+
+        Raises
+        ------
+        InputError : a file is gone or was changed.
+        """
+        numbers = [s.file for s in self.streams]
+        self._fds = self._files.acquire(numbers)
+        self._where = [(self._fds[s.file], s, str(self._files.files[s.file].path)) for s in self.streams]
+
+    def close(self) -> None:
+        """Gives descriptors back, after a last look at the files."""
+        if self._fds:
+            numbers, self._fds = list(self._fds), {}
+            try:
+                self._files.check(numbers)
+            finally:
+                self._files.release(numbers)
+
+    def read_bytes(self, worker: Worker, source: int, memory: memoryview, start: int) -> None:
+        """Fills `memory` from byte `start` of a source."""
+        fd, stream, path = self._where[source]
+        read_exact(self._io, fd, memory, stream.offset + start, path)
+        worker.bytes_read += len(memory)
+
+    def load(self, worker: Worker, source: int, start: int, count: int) -> TensorView:
+        """Reads `count` elements from element `start` of a source into the worker's tile; the view of it."""
+        fd, stream, path = self._where[source]
+        size = stream.dtype.itemsize
+        nbytes = count * size
+        read_exact(self._io, fd, worker.tiles.memory[source][:nbytes], stream.offset + start * size, path)
+        worker.bytes_read += nbytes
+        return worker.tiles.view(source, stream.dtype, self.tensor.cast, count)
+
+    def load_blocks(self, worker: Worker, source: int, starts: Sequence[int], block: int) -> TensorView:
+        """Reads blocks of `block` elements, one after the other into one tile."""
+        fd, stream, path = self._where[source]
+        size = stream.dtype.itemsize
+        step = block * size
+        memory = worker.tiles.memory[source]
+        position = 0
+        for start in starts:
+            read_exact(self._io, fd, memory[position : position + step], stream.offset + start * size, path)
+            position += step
+        worker.bytes_read += position
+        return worker.tiles.view(source, stream.dtype, self.tensor.cast, len(starts) * block)
+
+    def label(self, source: int) -> str:
+        """What an error calls a source: its input, and the base as such."""
+        name = self.streams[source].label
+        return f"base {name}" if self.has_base and source == len(self.streams) - 1 else name
+
+    def refuse_nonfinite(self, source: int | None, first: int, count: int) -> DataError:
+        """The error for NaN or Inf in a source, or (None) for overflow in the output."""
+        if source is None:
+            return DataError(
+                f"{count} results do not fit in {self.tensor.dtype}, the first at flat index {first}",
+                code="data.overflow",
+                tensor=self.tensor.name,
+                expected="finite results",
+                hint="Use a wider out_dtype, or nan: propagate to let Inf through.",
+            )
+        path = self._files.files[self.streams[source].file].path
+        return DataError(
+            f"{count} values of {self.label(source)} are NaN or Inf, the first at flat index {first}",
+            code="data.nonfinite",
+            tensor=self.tensor.name,
+            file=str(path),
+            expected="finite values",
+            hint="Repair the input, or use nan: propagate to let them through.",
+        )

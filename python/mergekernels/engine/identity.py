@@ -1,0 +1,87 @@
+"""What a plan is: everything that determines the published bytes, as data, and its digest.
+
+Backend, threads, memory and estimates stay out, because they change no byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .._version import __version__
+from .layout import OutputFile
+from .resolved import ResolvedMerge, Source
+from .smallfiles import SmallFile
+
+__all__ = ["NUMERIC_POLICY", "canonical_json", "input_identities", "plan_hash", "versions"]
+
+NUMERIC_POLICY = 1
+"""Version of the arithmetic: raised when a release gives other bits for the same recipe."""
+
+
+def canonical_json(data: Any) -> bytes:
+    """JSON with sorted keys and no spaces: equal data, equal bytes."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def versions() -> dict[str, Any]:
+    """The versions that a manifest states."""
+    return {"mergekernels": __version__, "numeric_policy": NUMERIC_POLICY}
+
+
+def input_identities(merge: ResolvedMerge) -> list[dict[str, Any]]:
+    """Per input: label, path, and name, size, modification time (ns) and header digest of each file."""
+    return [
+        {
+            "label": c.label or c.path.name,
+            "path": str(c.path),
+            "files": [
+                {"name": f.path.name, "size": f.size, "mtime_ns": f.mtime_ns, "header_sha256": f.header_sha256}
+                for f in c.files
+            ],
+        }
+        for c in merge.inputs
+    ]
+
+
+def _source(source: Source | None) -> list[Any] | None:
+    return None if source is None else [source.input, source.tensor]
+
+
+def _params(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in params.items()}
+
+
+def plan_hash(merge: ResolvedMerge, files: Sequence[OutputFile], small: Sequence[SmallFile]) -> str:
+    """The digest of a plan: resolved recipe, numeric policy, identity of every input, seed, layout, small files."""
+    tensors = [
+        [
+            t.name,
+            t.dtype.name,
+            list(t.shape),
+            t.action,
+            [_source(s) for s in t.models],
+            _source(t.base),
+            None if t.cast is None else t.cast.name,
+            _params(t.params),
+        ]
+        for t in merge.tensors
+    ]
+    data = {
+        "format": "mergekernels.plan/1",
+        "versions": versions(),
+        "method": merge.method,
+        "dialect": merge.dialect,
+        "nan": merge.nan,
+        "seed": merge.seed,
+        "inputs": input_identities(merge),
+        "tensors": tensors,
+        "aliases": dict(merge.aliases),
+        "recipe": merge.recipe,
+        "warnings": list(merge.warnings),
+        "files": [[f.name, f.size, f.header_sha256] for f in files],
+        "small": [[s.name, s.sha256] for s in small],
+    }
+    return hashlib.sha256(canonical_json(data)).hexdigest()

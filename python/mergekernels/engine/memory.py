@@ -1,0 +1,225 @@
+"""How much memory and how many threads a run may use, and how the budget is cut."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ArgumentError
+from ..ops.program import NUM_BINS
+from ..tensors import CANONICAL_BLOCK
+
+__all__ = ["Budget", "available_memory", "cut_budget", "default_threads", "format_size", "least_statistics", "memory_limit", "parse_size"]
+
+MINIMUM_DEFAULT = 512 << 20
+TILE_BYTES = 512 << 10
+"""Bytes of one source in a tile where the budget allows it: a worker's tiles then stay in the outer caches."""
+
+ENTRY_BYTES = 16
+"""Bytes of one entry that a sweep collects (ordinal and index)."""
+
+MIN_ENTRIES = 4096
+"""Fewest entries a sweep keeps per model; with fewer than its interval holds, it counts bins and another sweep follows."""
+
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _UNITS |= {_letter: 1000**_power, f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power}
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from a number or a text like "2GiB", "800 MB", "1.5G" (binary with an i, else decimal).
+
+    Raises
+    ------
+    ArgumentError : not a size.
+    """
+    if isinstance(text, int) and not isinstance(text, bool):
+        if text > 0:
+            return text
+    elif isinstance(text, str):
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+        unit = _UNITS.get(match[2].upper()) if match else None
+        if match and unit is not None and float(match[1]) > 0:
+            return int(float(match[1]) * unit)
+    raise ArgumentError(
+        "not an amount of memory",
+        code="memory.size",
+        expected="bytes, or a number with KiB, MiB, GiB, KB, MB, GB",
+        got=repr(text),
+    )
+
+
+def format_size(size: int) -> str:
+    """A size for people, binary units, at most one decimal."""
+    value = float(size)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{int(value)} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _cgroup_folders() -> list[Path]:
+    """The memory control folders of this process, innermost first, for cgroup v2 and v1."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    folders: list[Path] = []
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = Path("/sys/fs/cgroup/memory") if controllers else Path("/sys/fs/cgroup")
+        folder = root / name.lstrip("/")
+        folders += [folder, *(p for p in folder.parents if p == root or root in p.parents)]
+    return folders
+
+
+def available_memory() -> int:
+    """Bytes that can be had without pushing anything out: MemAvailable, and what every enclosing cgroup leaves."""
+    available = 4 << 30
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    for folder in _cgroup_folders():
+        for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            bound, used = _read_int(folder / limit), _read_int(folder / usage)
+            if bound is not None and used is not None:
+                # The page cache counts as used in a cgroup, but gives way.
+                cache = _cgroup_cache(folder)
+                available = min(available, max(0, bound - max(0, used - cache)))
+    return available
+
+
+def _cgroup_cache(folder: Path) -> int:
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    fields = dict(line.split(None, 1) for line in lines if " " in line)
+    return sum(int(fields.get(name, 0)) for name in ("active_file", "inactive_file"))
+
+
+def memory_limit(memory: str | int | None) -> int:
+    """The budget in bytes: as asked, else a quarter of the memory available now, at least 512 MiB."""
+    if memory is not None:
+        return parse_size(memory)
+    return max(MINIMUM_DEFAULT, available_memory() // 4)
+
+
+def default_threads(threads: int | None) -> int:
+    """Workers: the argument, else MERGEKERNELS_NUM_THREADS, else torch's count if torch is loaded, else the cores that
+    affinity and cgroup leave.
+
+    Raises
+    ------
+    ArgumentError : not a positive number.
+    """
+    source = "threads"
+    value: int | str | None = threads
+    if value is None and os.environ.get("MERGEKERNELS_NUM_THREADS"):
+        source, value = "MERGEKERNELS_NUM_THREADS", os.environ["MERGEKERNELS_NUM_THREADS"]
+    if value is not None:
+        if str(value).isdigit() and 1 <= int(value) <= 1024:
+            return int(value)
+        raise ArgumentError(
+            "not a number of threads", code="threads", expected=f"{source} from 1 to 1024", got=repr(value)
+        )
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        return int(torch.get_num_threads())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cpu_quota()
+    return max(1, cores if quota is None else min(cores, quota))
+
+
+def _cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Whole cores of the CPU quota, rounded up; None without one."""
+    try:
+        limit, period = (root / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        limit, period = str(_read_int(root / "cpu/cpu.cfs_quota_us")), str(_read_int(root / "cpu/cpu.cfs_period_us"))
+    if not limit.isdecimal() or not period.isdecimal() or int(period) == 0:
+        return None
+    return -(-int(limit) // int(period))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How a budget is cut.
+
+    limit : bytes in all. threads : workers. sources : source tiles per worker. itemsize : bytes per element of the widest tensor.
+    tile : elements of a tile, a multiple of 4096. window : tensors in work at a time. pool : bytes for statistics of
+    the tensors in work.
+    """
+
+    limit: int
+    threads: int
+    sources: int
+    itemsize: int
+    tile: int
+    window: int
+    pool: int
+
+    @property
+    def worker_bytes(self) -> int:
+        """Bytes of one worker's tiles: its sources, and the output."""
+        return (self.sources + 1) * self.tile * self.itemsize
+
+    @property
+    def peak(self) -> int:
+        """Most bytes that tiles and statistics take together."""
+        return self.threads * self.worker_bytes + self.pool
+
+
+def least_statistics(models: int, n: int) -> int:
+    """Bytes of statistics without which a tensor of `n` elements cannot be merged: block sums, bins, a few entries."""
+    blocks = -(-n // CANONICAL_BLOCK)
+    return models * (8 * blocks + 8 * NUM_BINS + ENTRY_BYTES * MIN_ENTRIES)
+
+
+def cut_budget(
+    limit: int, threads: int, sources: int, models: int, itemsize: int, largest: int, *, tile: int | None = None
+) -> Budget:
+    """Tiles first, as large as a quarter of the budget allows up to the best size; the rest goes to statistics.
+
+    sources : most tensors read for one output tensor. models : most models that a selection looks at. largest : elements
+    of the largest tensor. tile : elements of a tile, to force it (tests).
+
+    Raises
+    ------
+    ArgumentError : the budget cannot hold the smallest tiles; the message says what would do.
+    """
+    window = threads + 2
+    floor = least_statistics(models, largest)
+    smallest = threads * (sources + 1) * CANONICAL_BLOCK * itemsize
+    if smallest + floor > limit:
+        raise ArgumentError(
+            "the memory budget cannot hold the smallest tiles",
+            code="memory.too-small",
+            expected=f"at least {format_size(smallest + floor)} ({smallest + floor} bytes) for {threads} threads and "
+            f"{sources} inputs",
+            got=format_size(limit),
+            hint="Give more memory or fewer threads.",
+        )
+    if tile is None:
+        share = min(max(smallest, limit // 4), limit - floor) // (threads * (sources + 1) * itemsize)
+        tile = min(TILE_BYTES // min(itemsize, 4), share) // CANONICAL_BLOCK * CANONICAL_BLOCK
+        tile = max(CANONICAL_BLOCK, tile)
+    used = threads * (sources + 1) * tile * itemsize
+    return Budget(limit, threads, sources, itemsize, tile, window, max(floor, limit - used))

@@ -1,0 +1,91 @@
+"""From a resolved tensor to what a method sees, in either scope."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Literal
+
+from ..errors import InputError
+from ..methods.protocol import Method, Spec
+from ..ops.selection import Scope
+from ..tensors import DType, compute_dtype, tensor_id
+from .resolved import ResolvedMerge, ResolvedTensor, Source
+
+__all__ = ["Specs", "sources_of"]
+
+
+def sources_of(tensor: ResolvedTensor) -> tuple[Source, ...]:
+    """The models, then the base if there is one."""
+    return tensor.models if tensor.base is None else (*tensor.models, tensor.base)
+
+
+class Specs:
+    """Makes the `Spec` of each output tensor of a merge.
+
+    scope : "model" if the method measures over the whole checkpoint with these parameters.
+    members : positions in `merge.tensors` of the tensors that a method merges and that have elements, in order of name.
+
+    Raises
+    ------
+    InputError : some tensors ask for the model's scope and others for their own.
+    """
+
+    def __init__(self, merge: ResolvedMerge, method: Method) -> None:
+        self.merge = merge
+        self.members = tuple(
+            i for i, t in enumerate(merge.tensors) if t.action == "merge" and prod(t.shape) > 0
+        )
+        self._compute = [compute_dtype(self._dtypes(merge.tensors[i])) for i in self.members]
+        kinds = {method.scope(merge.tensors[i].params, merge.dialect) for i in self.members}
+        if len(kinds) > 1:
+            raise InputError(
+                "some tensors are measured over the whole model and some by themselves",
+                code="scope.mixed",
+                hint="Give every tensor the same scope.",
+            )
+        self.scope: Literal["tensor", "model"] = kinds.pop() if kinds else "tensor"
+        self._position = {index: place for place, index in enumerate(self.members)}
+        self.model_scope = self._model_scope() if self.scope == "model" else None
+
+    def _dtypes(self, tensor: ResolvedTensor) -> list[DType]:
+        if tensor.cast is not None:
+            return [tensor.cast]
+        return [self.merge.inputs[s.input].tensors[s.tensor].dtype for s in sources_of(tensor)]
+
+    def _model_scope(self) -> Scope:
+        offsets, ids, total = [], [], 0
+        for index in self.members:
+            tensor = self.merge.tensors[index]
+            offsets.append(total)
+            ids.append(tensor_id(tensor.name))
+            total += prod(tensor.shape)
+        wide = any(c.name == "F64" for c in self._compute)
+        return Scope(tuple(offsets), tuple(ids), total, "F64" if wide else "F32")
+
+    def spec(self, index: int) -> Spec:
+        """The spec of `merge.tensors[index]`, which must be a member."""
+        tensor = self.merge.tensors[index]
+        place = self._position[index]
+        compute = self._compute[place]
+        n, number = prod(tensor.shape), tensor_id(tensor.name)
+        offset = 0
+        scope = self.model_scope
+        if scope is not None:
+            offset = scope.offsets[place]
+            compute = compute_dtype(self._compute)
+        else:
+            scope = Scope((0,), (number,), n, "F64" if compute.name == "F64" else "F32")
+        return Spec(
+            num_models=len(tensor.models),
+            has_base=tensor.base is not None,
+            params=tensor.params,
+            n=n,
+            scope=scope,
+            compute=compute,
+            dialect=self.merge.dialect,
+            name=tensor.name,
+            tensor=number,
+            seed=self.merge.seed,
+            offset=offset,
+            nan=self.merge.nan,
+        )

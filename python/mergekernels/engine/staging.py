@@ -1,0 +1,200 @@
+"""The folder beside OUT in which an unfinished output lives, and the rules about what may be there.
+
+`OUT.mk-<first 16 digits of the plan hash>/` holds `tree/` (what becomes OUT), `receipts/`, `waves/` (statistics over the
+whole model), `tmp/` (files that are being written, deleted at the next start) and `lock`. It lies in OUT's own folder, so
+that the last step is a rename.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import uuid
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import OutputError
+from .io import Io, fsync_dir, output_error, read_small, remove_tree
+
+__all__ = ["MANIFEST_NAME", "OutState", "Staging", "inspect_out", "published"]
+
+MANIFEST_NAME = "merge_manifest.json"
+OutState = Literal["absent", "done", "resumable", "exists"] | None
+_FOLDERS = ("tree", "receipts", "waves", "tmp")
+
+
+def _root(out: Path, plan_hash: str) -> Path:
+    return out.with_name(f"{out.name}.mk-{plan_hash[:16]}")
+
+
+def published(io: Io, out: Path, plan_hash: str) -> dict[str, Any] | None:
+    """The manifest of `out`, if it is of this plan and all files are there with their sizes; None otherwise."""
+    try:
+        manifest = json.loads(read_small(io, out / MANIFEST_NAME))
+        if manifest["plan_hash"] != plan_hash:
+            return None
+        for file in (*manifest["files"], *manifest["small_files"]):
+            if io.stat(out / file["name"]).st_size != file["size"]:
+                return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return dict(manifest)
+
+
+def inspect_out(io: Io, out: Path, plan_hash: str) -> OutState:
+    """What is at `out`: "done" (this plan), "exists" (something else), "resumable" (this plan's staging), "absent".
+
+    An empty folder counts as absent: publishing replaces it in one step.
+    """
+    if out.is_dir() and io.listdir(out):
+        return "exists" if published(io, out, plan_hash) is None else "done"
+    return "resumable" if _root(out, plan_hash).is_dir() else "absent"
+
+
+class Staging:
+    """The staging of one plan, locked for this process."""
+
+    def __init__(self, io: Io, out: Path, plan_hash: str) -> None:
+        self.io = io
+        self.out = out
+        self.plan_hash = plan_hash
+        self.root = _root(out, plan_hash)
+        self.tree = self.root / "tree"
+        self.receipts = self.root / "receipts"
+        self.waves = self.root / "waves"
+        self.tmp = self.root / "tmp"
+        self._lock = -1
+
+    def others(self) -> list[Path]:
+        """Stagings of other plans for the same OUT."""
+        pattern = re.compile(re.escape(self.out.name) + r"\.mk-[0-9a-f]{16}")
+        names = self.io.listdir(self.out.parent)
+        return [self.out.parent / n for n in names if pattern.fullmatch(n) and n != self.root.name]
+
+    def enter(self, *, overwrite: bool) -> bool:
+        """Creates and locks the staging. False if OUT carries this plan already: then only `leave` is left to do.
+
+        Raises
+        ------
+        OutputError : OUT is something else, or another plan's staging is there, without `overwrite`; another process
+            is at work; the folder cannot be made.
+        """
+        self._refuse(overwrite)
+        if not self.root.is_dir() and inspect_out(self.io, self.out, self.plan_hash) == "done":
+            return False
+        try:
+            while True:
+                for folder in (self.root, *(self.root / name for name in _FOLDERS)):
+                    self._mkdir(folder)
+                if self._take_lock():
+                    break
+        except FileNotFoundError:  # another process finished and removed it under our hands
+            if inspect_out(self.io, self.out, self.plan_hash) == "done":
+                return False
+            raise
+        except OSError as error:
+            raise output_error("cannot make the staging folder", self.root, error) from error
+        if inspect_out(self.io, self.out, self.plan_hash) == "done":
+            fsync_dir(self.io, self.out.parent)
+            return False
+        if overwrite:
+            for other in self.others():
+                self._refuse_busy(other)
+                remove_tree(self.io, other)
+        for name in self.io.listdir(self.tmp):
+            self.io.unlink(self.tmp / name)
+        fsync_dir(self.io, self.root)
+        fsync_dir(self.io, self.out.parent)
+        return True
+
+    def temporary(self, name: str) -> Path:
+        """A path for a new temporary file."""
+        return self.tmp / f"{name}.{uuid.uuid4().hex}"
+
+    def unlock(self) -> None:
+        """Gives the lock back; the staging stays."""
+        if self._lock >= 0:
+            fd, self._lock = self._lock, -1
+            self.io.close(fd)
+
+    def remove(self) -> None:
+        """Removes the staging after publication; its lock goes with it."""
+        remove_tree(self.io, self.root)
+        self.unlock()
+
+    def _refuse(self, overwrite: bool) -> None:
+        state = inspect_out(self.io, self.out, self.plan_hash)
+        if overwrite or state == "done":
+            return
+        if state == "exists":
+            raise OutputError(
+                "the output exists and is not the result of this plan",
+                code="output.exists",
+                file=str(self.out),
+                hint="Name another folder, or use --overwrite to replace it once the merge is complete.",
+            )
+        others = self.others()
+        if others:
+            raise OutputError(
+                "an unfinished merge by another plan is there for this output",
+                code="output.other-plan",
+                file=str(others[0]),
+                hint="Finish it with its own recipe and inputs, delete that folder, or use --overwrite to drop it.",
+            )
+
+    def _mkdir(self, path: Path) -> None:
+        try:
+            self.io.mkdir(path)
+        except FileExistsError:
+            pass
+
+    def _take_lock(self) -> bool:
+        """Takes the lock; False if the file was replaced meanwhile and all must be tried again."""
+        path = self.root / "lock"
+        fd = self.io.open(path, os.O_RDWR | os.O_CREAT)
+        try:
+            self.io.flock(fd)
+            mine, there = self.io.fstat(fd), self.io.stat(path)
+        except BlockingIOError:
+            self.io.close(fd)
+            raise self._busy(path) from None
+        except FileNotFoundError:
+            self.io.close(fd)
+            return False
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                self.io.close(fd)
+                raise
+            # No locks on this file system: two processes would do the same work and write equal bytes.
+            self._lock = fd
+            return True
+        except BaseException:
+            self.io.close(fd)
+            raise
+        if (mine.st_dev, mine.st_ino) != (there.st_dev, there.st_ino):
+            self.io.close(fd)
+            return False
+        self._lock = fd
+        return True
+
+    def _refuse_busy(self, other: Path) -> None:
+        try:
+            fd = self.io.open(other / "lock", os.O_RDWR)
+        except OSError:
+            return
+        try:
+            self.io.flock(fd)
+        except BlockingIOError:
+            raise self._busy(other / "lock") from None
+        finally:
+            self.io.close(fd)
+
+    def _busy(self, path: Path) -> OutputError:
+        return OutputError(
+            "another process is merging into this output",
+            code="output.busy",
+            file=str(path),
+            hint="Wait for it, or name another folder.",
+        )
