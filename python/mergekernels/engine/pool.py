@@ -105,3 +105,5 @@ def for_each(
             thread.join()
     if errors:
         raise errors[0]
+    if tick is not None:
+        tick()
