@@ -100,6 +100,7 @@ def run(
 def _resolved(recipe: str | PathLike[str] | ResolvedMerge, seed: int | None, lenient: bool) -> ResolvedMerge:
     if isinstance(recipe, ResolvedMerge):
         return recipe if seed is None else replace(recipe, seed=seed)
-    from .recipe import load_recipe, resolve
+    from .recipe.load import load_recipe
+    from .recipe.resolve import resolve
 
     return resolve(load_recipe(recipe, lenient=lenient), seed=seed)
