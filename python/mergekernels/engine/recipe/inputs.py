@@ -1,0 +1,101 @@
+"""Model references to opened checkpoints: local paths, then the hub cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ...errors import InputError, MergeError, PlanError, RecipeError
+from ...formats.checkpoint import Checkpoint, open_checkpoint
+from ...formats.hub import looks_like_hub, snapshot
+from .schema import PLANNED, Reference, nearest
+from .source import Document
+
+__all__ = ["Inputs"]
+
+
+class Inputs:
+    """The checkpoints of a recipe in order of first use, each opened once."""
+
+    def __init__(self, document: Document) -> None:
+        self.document = document
+        self.checkpoints: list[Checkpoint] = []
+        self.problems: list[MergeError] = []
+        self._known: dict[str, int] = {}
+        self._failed: set[str] = set()
+
+    def add(self, reference: Reference, loc: tuple[str | int, ...]) -> int | None:
+        """The position of a model among the inputs; None if it cannot be opened (then a problem is noted)."""
+        label = str(reference)
+        if label in self._failed:
+            return None
+        try:
+            path = self.locate(reference)
+            # One folder is one input however it is spelled.
+            key = os.path.realpath(path)
+            if key in self._known:
+                return self._known[key]
+            checkpoint = open_checkpoint(path, label=label)
+            _refuse_quantised(checkpoint)
+        except MergeError as error:
+            self._failed.add(label)
+            for problem in error.problems if isinstance(error, PlanError) else [error]:
+                if problem.file is None:
+                    problem.file, problem.line = self.document.file or None, self.document.line(loc)
+                self.problems.append(problem)
+            return None
+        position = self._known[key] = len(self.checkpoints)
+        self.checkpoints.append(checkpoint)
+        return position
+
+    def locate(self, reference: Reference) -> Path:
+        """The folder or file of a model.
+
+        Relative paths count from the current directory, then from the recipe's folder.
+        """
+        path = reference.path
+        local = self._local(path)
+        if reference.revision is None and local is not None:
+            return local
+        revision = reference.revision
+        if not reference.exact:
+            if "+" in path:
+                raise RecipeError(f"'{path}': {PLANNED['lora']}", code="recipe.planned")
+            if path.count("@") > 1:
+                raise RecipeError("model reference with several '@'", code="recipe.reference", got=repr(path))
+            path, _, after = path.partition("@")
+            revision = after or None
+            local = self._local(path)
+        if local is not None:
+            raise RecipeError(
+                "a local folder has no revisions", code="recipe.reference", got=repr(str(reference)), hint="Remove it"
+            )
+        if looks_like_hub(path):
+            return snapshot(path, revision)
+        siblings = [p.name for p in Path(path).parent.iterdir()] if Path(path).parent.is_dir() else []
+        raise InputError(
+            f"model '{path}' does not exist",
+            code="model.missing",
+            expected="a folder, a safetensors file, or org/name in the hub cache",
+            hint=nearest(Path(path).name, siblings),
+        )
+
+    def _local(self, path: str) -> Path | None:
+        for candidate in (Path(path).expanduser(), self.document.folder / path):
+            if candidate.exists():
+                return candidate
+        return None
+
+
+def _refuse_quantised(checkpoint: Checkpoint) -> None:
+    """Codes are never averaged."""
+    config = checkpoint.config.get("quantization_config")
+    if config:
+        method = config.get("quant_method") if isinstance(config, dict) else None
+        raise InputError(
+            f"quantised checkpoint ({method or 'quantization_config in config.json'})",
+            code="input.quantised",
+            file=str(checkpoint.path),
+            expected="float16, bfloat16, float32 or float64 weights",
+            hint="Dequantise it first; reading quantised inputs is planned",
+        )

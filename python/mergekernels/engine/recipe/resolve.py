@@ -1,0 +1,271 @@
+"""A recipe against its inputs: everything that is wrong with the two at once, or numbers for every output tensor."""
+
+from __future__ import annotations
+
+import filecmp
+from pathlib import Path
+from typing import Any
+
+from ...errors import FormatError, MergeError, PlanError, RecipeError
+from ...formats.checkpoint import Checkpoint
+from ...methods import get, names
+from ...methods.protocol import Method
+from ...tensors import dtype_of
+from ..resolved import ResolvedMerge
+from .assemble import Assembler
+from .config import output_config
+from .inputs import Inputs
+from .load import Recipe
+from .mapping import depth, expand, find_tying
+from .names import Stack, find_stack
+from .schema import Reference, nearest
+from .settings import Setting
+from .slices import Slice, SliceBuilder
+
+__all__ = ["resolve"]
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+
+
+def resolve(recipe: Recipe, *, seed: int | None = None) -> ResolvedMerge:
+    """Reads the headers of all inputs and resolves the recipe to numbers.
+
+    Parameters
+    ----------
+    recipe : from `load_recipe`. seed : replaces the recipe's, 0 to 2^64 - 1.
+
+    Raises
+    ------
+    PlanError : lists every problem of the recipe with its inputs.
+    """
+    return _Resolution(recipe).run(seed)
+
+
+class _Resolution:
+    """One run of `resolve`."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.schema = recipe.schema
+        self.document = recipe.document
+        self.problems: list[MergeError] = []
+        self.warnings: list[str] = list(recipe.warnings)
+        self.inputs = Inputs(recipe.document)
+
+    def run(self, seed: int | None) -> ResolvedMerge:
+        """The resolved merge."""
+        schema = self.schema
+        method = self._method()
+        builder = SliceBuilder(
+            self.document,
+            schema,
+            method.info,
+            self.inputs,
+            lenient=self.recipe.lenient,
+            problems=self.problems,
+            warnings=self.warnings,
+        )
+        shared = builder.level((), schema.parameters)
+        builder.open_inputs()
+        self.problems += self.inputs.problems
+        chat_template = self._chat_template()
+        if self.inputs.problems:
+            raise PlanError(self.problems)
+        checkpoints = self.inputs.checkpoints
+        for checkpoint in checkpoints:
+            self.warnings += checkpoint.warnings
+        stack = self._stack(checkpoints)
+        slices = builder.build(stack, self._depths(checkpoints, stack))
+        tokenizer = self._tokenizer()
+        if not slices or self.problems:
+            raise PlanError(self.problems)
+        tying = find_tying(slices, checkpoints, self.warnings)
+        out = dtype_of(schema.out_dtype or schema.dtype or "")
+        assembler = Assembler(
+            self.document,
+            method,
+            schema.dialect,
+            schema.nan,
+            checkpoints,
+            shared,
+            cast=dtype_of(schema.dtype or ""),
+            out=out,
+            problems=self.problems,
+            warnings=self.warnings,
+        )
+        tensors = assembler.run(expand(slices, checkpoints, stack, tying))
+        if not tensors and not self.problems:
+            self.problems.append(FormatError("the inputs have no tensors", code="input.empty"))
+        if self.problems:
+            raise PlanError(self.problems)
+        self._unused(shared, slices)
+        donor = self._donor(slices)
+        return ResolvedMerge(
+            method=method.info.name,
+            dialect=schema.dialect,
+            nan=schema.nan,
+            seed=schema.seed if seed is None else seed,
+            inputs=tuple(checkpoints),
+            tensors=tuple(tensors),
+            donor=donor,
+            tokenizer=donor if tokenizer is None else tokenizer,
+            chat_template=chat_template,
+            config=output_config(
+                checkpoints[donor],
+                checkpoints,
+                slices,
+                tensors,
+                tying,
+                restacked=schema.slices is not None,
+                dtype=out.torch if out is not None else None,
+            ),
+            aliases={tying.head: tying.embedding} if tying is not None and tying.output else {},
+            recipe=self.recipe.data,
+            recipe_file=self.document.file,
+            warnings=tuple(dict.fromkeys(self.warnings)),
+        )
+
+    def _error(self, loc: tuple[str | int, ...], message: str, **fields: Any) -> RecipeError:
+        fields.setdefault("code", "recipe.value")
+        return RecipeError(message, file=self.document.file or None, line=self.document.line(loc), **fields)
+
+    def _method(self) -> Method:
+        """The method, or the error that there is none: nothing else can be checked then."""
+        schema = self.schema
+        known = names()
+        if schema.merge_method not in known:
+            hint = nearest(schema.merge_method, known)
+            error = self._error(
+                ("merge_method",),
+                f"this version has no merge method '{schema.merge_method}'",
+                code="recipe.method",
+                expected="one of " + ", ".join(known),
+                hint=hint,
+            )
+            raise PlanError([error])
+        method = get(schema.merge_method)
+        if schema.dialect not in method.info.dialects:
+            self.problems.append(
+                self._error(
+                    ("dialect",),
+                    f"{method.info.name} has no dialect '{schema.dialect}'",
+                    expected="one of " + ", ".join(method.info.dialects),
+                )
+            )
+        return method
+
+    def _stack(self, checkpoints: list[Checkpoint]) -> Stack | None:
+        """The layer stack: named by the recipe, else the longest in the names."""
+        tensors = dict.fromkeys(name for c in checkpoints for name in c.tensors)
+        if self.schema.layers is None:
+            return find_stack(tensors)
+        stack = Stack.of_pattern(self.schema.layers)
+        if all(stack.split(name) is None for name in tensors):
+            found = find_stack(tensors)
+            hint = f"Did you mean '{found}'?" if found is not None else None
+            self.problems.append(self._error(("layers",), f"no tensor is in the stack '{stack}'", hint=hint))
+            return None
+        return stack
+
+    def _depths(self, checkpoints: list[Checkpoint], stack: Stack | None) -> list[int]:
+        """Layers of each input, which must be numbered without a gap."""
+        depths = []
+        for checkpoint in checkpoints:
+            count, gaps = depth(checkpoint, stack)
+            depths.append(count)
+            if gaps:
+                missing = ", ".join(map(str, gaps[:10]))
+                self.problems.append(
+                    FormatError(
+                        f"the layer stack '{stack}' has no layer {missing}",
+                        code="input.layers",
+                        file=str(checkpoint.path),
+                    )
+                )
+        return depths
+
+    def _donor(self, slices: list[Slice]) -> int:
+        """The input whose small files are copied: the base model, else the first model."""
+        if self.schema.base_model is not None:
+            position = self.inputs.add(self.schema.base_model, ("base_model",))
+            assert position is not None
+            return position
+        return slices[0].sources[0].input
+
+    def _tokenizer(self) -> int | None:
+        """The input whose tokenizer is copied, None where the recipe does not say."""
+        source: Reference | None = self.schema.tokenizer_source
+        if source is None:
+            return None
+        loc = ("tokenizer_source",)
+        if not source.exact and source.path == "union":
+            message = "'tokenizer_source: union' is not supported: building a vocabulary is planned"
+            self.problems.append(
+                self._error(loc, message, code="recipe.planned", expected="base, or a model of the recipe")
+            )
+            return None
+        if not source.exact and source.path == "base":
+            if self.schema.base_model is None:
+                self.problems.append(self._error(loc, "'tokenizer_source: base' without a base_model"))
+                return None
+            source = self.schema.base_model
+        count = len(self.inputs.checkpoints)
+        position = self.inputs.add(source, loc)
+        if position is None or position >= count:
+            labels = ", ".join(c.label for c in self.inputs.checkpoints[:count])
+            message = "tokenizer_source is not a model of the recipe"
+            self.problems.append(self._error(loc, message, expected=f"base, or one of {labels}", got=repr(str(source))))
+            return None
+        self._compare_tokenizers(position)
+        return position
+
+    def _compare_tokenizers(self, position: int) -> None:
+        """A warning where another input has other tokenizer files: rows of embeddings are never permuted."""
+        chosen = self.inputs.checkpoints[position]
+        for checkpoint in self.inputs.checkpoints:
+            for name in _TOKENIZER_FILES:
+                one, two = chosen.path / name, checkpoint.path / name
+                if checkpoint is not chosen and one.is_file() and two.is_file() and not _equal(one, two):
+                    self.warnings.append(
+                        f"'{checkpoint.label}' has another {name} than '{chosen.label}', which is copied; "
+                        "rows of embeddings are merged by position"
+                    )
+
+    def _chat_template(self) -> str | None:
+        """The template's text: as given, or from the file that is named."""
+        text = self.schema.chat_template
+        if text is None or "\n" in text or "{" in text:
+            return text
+        loc = ("chat_template",)
+        if text == "auto":
+            message = "'chat_template: auto' is not supported yet: taking the inputs' commonest template is planned"
+            self.problems.append(self._error(loc, message, code="recipe.planned", expected="a file or Jinja text"))
+            return None
+        for path in (Path(text), self.document.folder / text):
+            if path.is_file():
+                try:
+                    return path.read_text("utf-8")
+                except (OSError, UnicodeDecodeError) as error:
+                    self.problems.append(self._error(loc, f"cannot read the chat template '{path}': {error}"))
+                    return None
+        message = "not a chat template"
+        self.problems.append(self._error(loc, message, expected="a file or Jinja text", got=repr(text[:60])))
+        return None
+
+    def _unused(self, shared: dict[str, Setting], slices: list[Slice]) -> None:
+        """Warnings for filters that selected nothing."""
+        levels = [shared, *(s.settings for s in slices), *(src.settings for s in slices for src in s.sources)]
+        for level in levels:
+            for name, setting in level.items():
+                for condition in setting.conditions:
+                    if setting.filtered and not condition.used:
+                        where = f"line {condition.line}: " if condition.line is not None else ""
+                        what = f"filter '{condition.filter}'" if condition.filter else "the last value"
+                        self.warnings.append(f"{where}{what} of parameter '{name}' selects no tensor")
+
+
+def _equal(one: Path, two: Path) -> bool:
+    try:
+        return filecmp.cmp(one, two, shallow=False)
+    except OSError:
+        return False

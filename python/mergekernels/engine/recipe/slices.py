@@ -1,0 +1,214 @@
+"""The output as a list of slices: which layers of which inputs, with which settings, and which input is the base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ...errors import MergeError, RecipeError
+from ...methods.protocol import MethodInfo
+from .inputs import Inputs
+from .names import Stack
+from .schema import RecipeSchema, Reference, SliceEntry
+from .settings import Setting, compile_level
+from .source import Document
+
+__all__ = ["Slice", "SliceBuilder", "SliceSource"]
+
+Loc = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class SliceSource:
+    """One input of a slice: its position among the inputs, its first layer, its own settings."""
+
+    input: int
+    first: int
+    is_base: bool
+    loc: Loc
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Layers that are merged together. length : number of layers. loc : place in the recipe."""
+
+    sources: tuple[SliceSource, ...]
+    length: int
+    loc: Loc
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+
+    @property
+    def models(self) -> tuple[int, ...]:
+        """Positions in `sources` of what is merged: all but the base."""
+        return tuple(i for i, s in enumerate(self.sources) if not s.is_base)
+
+
+class SliceBuilder:
+    """Makes the slices of a recipe and notes what is wrong with them."""
+
+    def __init__(
+        self,
+        document: Document,
+        schema: RecipeSchema,
+        info: MethodInfo,
+        inputs: Inputs,
+        *,
+        lenient: bool,
+        problems: list[MergeError],
+        warnings: list[str],
+    ) -> None:
+        self.document = document
+        self.schema = schema
+        self.info = info
+        self.inputs = inputs
+        self.lenient = lenient
+        self.problems = problems
+        self.warnings = warnings
+
+    def level(self, loc: Loc, parameters: Mapping[str, object] | None) -> dict[str, Setting]:
+        """The settings of one `parameters` mapping."""
+        return compile_level(
+            self.document,
+            loc,
+            parameters,
+            self.info,
+            lenient=self.lenient,
+            problems=self.problems,
+            warnings=self.warnings,
+        )
+
+    def open_inputs(self) -> None:
+        """Opens every model in order of the recipe, the base where it is listed, else last."""
+        schema = self.schema
+        for i, entry in enumerate(schema.models or ()):
+            self.inputs.add(entry.model, ("models", i, "model"))
+        for i, slice_ in enumerate(schema.slices or ()):
+            for j, source in enumerate(slice_.sources):
+                self.inputs.add(source.model, ("slices", i, "sources", j, "model"))
+            if slice_.base_model is not None:
+                self.inputs.add(slice_.base_model, ("slices", i, "base_model"))
+        if schema.base_model is not None:
+            self.inputs.add(schema.base_model, ("base_model",))
+
+    def error(self, loc: Loc, message: str, *, expected: str | None = None, got: str | None = None) -> None:
+        """Notes a problem at a place in the recipe."""
+        line = self.document.line(loc)
+        file = self.document.file or None
+        self.problems.append(
+            RecipeError(message, code="recipe.slices", file=file, line=line, expected=expected, got=got)
+        )
+
+    def build(self, stack: Stack | None, depths: list[int]) -> list[Slice]:
+        """The slices. depths : number of layers of every input."""
+        if self.schema.models is not None:
+            slice_ = self._from_models(depths)
+            return [slice_] if slice_ is not None else []
+        if stack is None:
+            self.error(
+                ("slices",),
+                "slices need a layer stack, and no tensor name has one",
+                expected="names such as layers.0.*",
+            )
+            return []
+        found = [self._from_slice(i, entry, depths) for i, entry in enumerate(self.schema.slices or ())]
+        return [s for s in found if s is not None]
+
+    def _base(self, reference: Reference | None) -> int | None:
+        """The position of the base among the inputs."""
+        return None if reference is None else self.inputs.add(reference, ("base_model",))
+
+    def _from_models(self, depths: list[int]) -> Slice | None:
+        base = self._base(self.schema.base_model)
+        sources: list[SliceSource] = []
+        for i, entry in enumerate(self.schema.models or ()):
+            loc: Loc = ("models", i)
+            position = self.inputs.add(entry.model, (*loc, "model"))
+            if position is not None:
+                sources.append(self._source(loc, position, 0, base, entry.parameters, sources))
+        if base is not None and all(s.input != base for s in sources):
+            sources.append(self._source(("base_model",), base, 0, base, None, sources))
+        names = self.inputs.checkpoints
+        if len({depths[s.input] for s in sources}) > 1:
+            got = ", ".join(f"{names[s.input].label}: {depths[s.input]}" for s in sources)
+            self.error(("models",), "the models have different numbers of layers", expected="equal numbers", got=got)
+            return None
+        return self._checked(Slice(tuple(sources), depths[sources[0].input] if sources else 0, ("models",)))
+
+    def _from_slice(self, number: int, entry: SliceEntry, depths: list[int]) -> Slice | None:
+        loc: Loc = ("slices", number)
+        base = self._base(entry.base_model or self.schema.base_model)
+        sources: list[SliceSource] = []
+        lengths: list[int] = []
+        for j, item in enumerate(entry.sources):
+            here: Loc = (*loc, "sources", j)
+            first, end = item.layer_range
+            if first >= end:
+                self.error(
+                    (*here, "layer_range"), "an empty layer_range", expected="first < end", got=f"[{first}, {end}]"
+                )
+                return None
+            lengths.append(end - first)
+            position = self.inputs.add(item.model, (*here, "model"))
+            if position is None:
+                return None
+            if end > depths[position]:
+                label = self.inputs.checkpoints[position].label
+                got = f"[{first}, {end}]"
+                expected = f"an end of at most {depths[position]}, the number of layers of '{label}'"
+                self.error((*here, "layer_range"), "layer_range past the last layer", expected=expected, got=got)
+                return None
+            sources.append(self._source(here, position, first, base, item.parameters, sources))
+        if len(set(lengths)) > 1:
+            self.error(loc, "the sources of a slice must have equally many layers", got=str(lengths))
+            return None
+        if base is not None and self.info.base != "input" and all(s.input != base for s in sources):
+            label = self.inputs.checkpoints[base].label
+            self.error(loc, f"base_model '{label}' must be listed among the sources of every slice")
+            return None
+        return self._checked(Slice(tuple(sources), lengths[0], loc, self.level(loc, entry.parameters)))
+
+    def _source(
+        self,
+        loc: Loc,
+        position: int,
+        first: int,
+        base: int | None,
+        parameters: Mapping[str, object] | None,
+        others: list[SliceSource],
+    ) -> SliceSource:
+        label = self.inputs.checkpoints[position].label
+        if any(s.input == position for s in others):
+            self.error(loc, f"model '{label}' is listed twice", expected="each model once")
+        is_base = position == base and self.info.base != "input"
+        settings = self.level(loc, parameters)
+        params = {p.name: p for p in self.info.params}
+        for name in list(settings):
+            why = None
+            if not params[name].per_model:
+                why = "is one value for all models and is not read under a model"
+            elif is_base:
+                why = "is not read from the base model"
+            if why is not None:
+                del settings[name]
+                line = self.document.line((*loc, "parameters", name))
+                self.warnings.append(f"line {line}: parameter '{name}' of '{label}' has no effect: it {why}")
+        return SliceSource(position, first, is_base, loc, settings)
+
+    def _checked(self, slice_: Slice) -> Slice | None:
+        """The slice, if it has a base where one is needed and a possible number of models."""
+        info, count = self.info, len(slice_.models)
+        if info.base == "required" and all(not s.is_base for s in slice_.sources):
+            if self.schema.base_model is None:
+                self.error(("merge_method",), f"{info.name} needs a base_model")
+            return None
+        if not info.min_models <= count <= info.max_models:
+            what = "model" if info.base == "input" else "model beside the base"
+            if info.min_models == info.max_models:
+                expected = f"exactly {info.min_models}"
+            else:
+                expected = f"{info.min_models} to {info.max_models}"
+            message = f"{info.name} cannot merge this number of {what}s"
+            self.error(slice_.loc, message, expected=f"{expected} in each slice", got=str(count))
+            return None
+        return slice_
