@@ -58,7 +58,7 @@ def stream(
     result = None
     if out is not None:
         target = to_torch(out)
-        if program.copy and program.scale == 1.0 and models[0].cast is None and models[0].dtype is out.dtype:
+        if program.copy and program.scale == 1.0 and models[0].cast in (None, out.dtype) and models[0].dtype is out.dtype:
             result = to_torch(models[0]).reshape(-1)
         else:
             result = canonical_nan(y.to(torch_dtype(out.dtype)))
