@@ -99,7 +99,7 @@ def compare(command: str, ours: Path, theirs: Path) -> dict[str, Any]:
     run = subprocess.run([command, "diff", str(ours), str(theirs), "--json"], capture_output=True, text=True)
     if run.returncode not in (0, 1) or not run.stdout.strip():
         sys.exit(f"diff ended with {run.returncode}: {run.stderr}")
-    report = json.loads(run.stdout)
+    report = json.loads(run.stdout.splitlines()[-1])["result"]
     tensors = report["tensors"]
     errors = [float(t["relative_error"]) for t in tensors if t["relative_error"] is not None]
     return {

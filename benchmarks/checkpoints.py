@@ -3,7 +3,8 @@
 usage: python checkpoints.py FOLDER [--small] [--models 3]
 
 Base: normal, standard deviation 0.02, in bf16. Each fine-tune: base + N * 0.001 * (1 + |N'|) with N, N' standard
-normal, rounded to bf16. Full size: 491.8 M parameters, 0.98 GB each, in shards of about 0.5 GB; --small: 5.0 M parameters, 10 MB. Seeds are fixed per tensor, so that the same files come out again. A folder that is complete is left
+normal, rounded to bf16. Full size: 491.8 M parameters, 0.98 GB each, in shards of about 0.5 GB; --small: 5.0 M
+parameters, 10 MB. Seeds are fixed per tensor, so that the same files come out again. A folder that is complete is left
 alone.
 """
 
