@@ -64,7 +64,10 @@ def ties(
             else:
                 k = int(rho * size) + 1 if dialect == "paper" else max(1, int(rho * size))
                 kept = top_k(
-                    flat, min(k, size), policy, lambda p, t=t, place=place: philox_word(seed, place[p][0], 16 * t + 2, place[p][1])
+                    flat,
+                    min(k, size),
+                    policy,
+                    lambda p, t=t, place=place: philox_word(seed, place[p][0], 16 * t + 2, place[p][1]),
                 )
             for p, (n, i) in enumerate(place):
                 result.setdefault(n, np.zeros_like(d[n]))[i] = flat[p] if p in kept else f(0)

@@ -87,7 +87,7 @@ def test_inputs_are_not_written_and_may_be_strided() -> None:
     got = mk.merge([model], "ties", base=base, weights=1, density=0.5)
     want = mk.merge([model.contiguous()], "ties", base=base.contiguous(), weights=1, density=0.5)
     assert torch.equal(got, want) and torch.equal(store, before)
-    out = torch.zeros(20, 40).t()[:, :20].contiguous().t()
+    out = torch.zeros(20, 40)[:, ::2].t()
     mk.merge([model], "ties", base=base, weights=1, density=0.5, out=out)
     assert torch.equal(out, want)
 
@@ -149,7 +149,9 @@ def test_state_dicts_may_be_lazy() -> None:
 
     data = {"a": torch.ones(10), "b": torch.arange(20.0)}
     lazy = Lazy(data)
-    got = mk.merge_state_dicts([lazy], "ties", base={k: torch.zeros_like(v) for k, v in data.items()}, weights=1, density=0.5)
+    got = mk.merge_state_dicts(
+        [lazy], "ties", base={k: torch.zeros_like(v) for k, v in data.items()}, weights=1, density=0.5
+    )
     assert lazy.reads == ["a", "b"] and int((got["b"] != 0).sum()) == 10
 
 
