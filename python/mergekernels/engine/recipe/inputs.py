@@ -31,8 +31,8 @@ class Inputs:
             return None
         try:
             path = self.locate(reference)
-            # One folder is one input however it is spelled.
-            key = os.path.realpath(path)
+            # `b` and `./b` are one input; a link to it is another, which lets one model be merged twice on purpose.
+            key = os.path.abspath(path)
             if key in self._known:
                 return self._known[key]
             checkpoint = open_checkpoint(path, label=label)

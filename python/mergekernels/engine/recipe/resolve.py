@@ -6,7 +6,7 @@ import filecmp
 from pathlib import Path
 from typing import Any
 
-from ...errors import FormatError, MergeError, PlanError, RecipeError
+from ...errors import ArgumentError, FormatError, MergeError, PlanError, RecipeError
 from ...formats.checkpoint import Checkpoint
 from ...methods import get, names
 from ...methods.protocol import Method
@@ -36,8 +36,11 @@ def resolve(recipe: Recipe, *, seed: int | None = None) -> ResolvedMerge:
 
     Raises
     ------
+    ArgumentError : the seed is out of range.
     PlanError : lists every problem of the recipe with its inputs.
     """
+    if seed is not None and not 0 <= seed < 2**64:
+        raise ArgumentError("seed out of range", code="seed", expected="0 to 2^64 - 1", got=str(seed))
     return _Resolution(recipe).run(seed)
 
 
@@ -65,7 +68,7 @@ class _Resolution:
             problems=self.problems,
             warnings=self.warnings,
         )
-        shared = builder.level((), schema.parameters)
+        shared = builder.levels[()]
         builder.open_inputs()
         self.problems += self.inputs.problems
         chat_template = self._chat_template()

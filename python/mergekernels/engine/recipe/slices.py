@@ -65,10 +65,18 @@ class SliceBuilder:
         self.lenient = lenient
         self.problems = problems
         self.warnings = warnings
+        self.levels: dict[Loc, dict[str, Setting]] = {}
+        self._compile((), schema.parameters)
+        for i, entry in enumerate(schema.models or ()):
+            self._compile(("models", i), entry.parameters)
+        for i, slice_ in enumerate(schema.slices or ()):
+            self._compile(("slices", i), slice_.parameters)
+            for j, source in enumerate(slice_.sources):
+                self._compile(("slices", i, "sources", j), source.parameters)
 
-    def level(self, loc: Loc, parameters: Mapping[str, object] | None) -> dict[str, Setting]:
-        """The settings of one `parameters` mapping."""
-        return compile_level(
+    def _compile(self, loc: Loc, parameters: Mapping[str, object] | None) -> None:
+        """The settings of one `parameters` mapping; every level is checked, also where an input is missing."""
+        self.levels[loc] = compile_level(
             self.document,
             loc,
             parameters,
@@ -125,9 +133,9 @@ class SliceBuilder:
             loc: Loc = ("models", i)
             position = self.inputs.add(entry.model, (*loc, "model"))
             if position is not None:
-                sources.append(self._source(loc, position, 0, base, entry.parameters, sources))
+                sources.append(self._source(loc, position, 0, base, sources))
         if base is not None and all(s.input != base for s in sources):
-            sources.append(self._source(("base_model",), base, 0, base, None, sources))
+            sources.append(self._source(("base_model",), base, 0, base, sources))
         names = self.inputs.checkpoints
         if len({depths[s.input] for s in sources}) > 1:
             got = ", ".join(f"{names[s.input].label}: {depths[s.input]}" for s in sources)
@@ -158,7 +166,7 @@ class SliceBuilder:
                 expected = f"an end of at most {depths[position]}, the number of layers of '{label}'"
                 self.error((*here, "layer_range"), "layer_range past the last layer", expected=expected, got=got)
                 return None
-            sources.append(self._source(here, position, first, base, item.parameters, sources))
+            sources.append(self._source(here, position, first, base, sources))
         if len(set(lengths)) > 1:
             self.error(loc, "the sources of a slice must have equally many layers", got=str(lengths))
             return None
@@ -166,7 +174,7 @@ class SliceBuilder:
             label = self.inputs.checkpoints[base].label
             self.error(loc, f"base_model '{label}' must be listed among the sources of every slice")
             return None
-        return self._checked(Slice(tuple(sources), lengths[0], loc, self.level(loc, entry.parameters)))
+        return self._checked(Slice(tuple(sources), lengths[0], loc, self.levels[loc]))
 
     def _source(
         self,
@@ -174,14 +182,13 @@ class SliceBuilder:
         position: int,
         first: int,
         base: int | None,
-        parameters: Mapping[str, object] | None,
         others: list[SliceSource],
     ) -> SliceSource:
         label = self.inputs.checkpoints[position].label
         if any(s.input == position for s in others):
             self.error(loc, f"model '{label}' is listed twice", expected="each model once")
         is_base = position == base and self.info.base != "input"
-        settings = self.level(loc, parameters)
+        settings = self.levels.get(loc, {})
         params = {p.name: p for p in self.info.params}
         for name in list(settings):
             why = None
