@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -101,7 +103,7 @@ def test_sixty_four_models() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nonfinite_values_are_refused_with_their_place(backend: str) -> None:
-    base, x = torch.zeros(1000), torch.ones(1000)
+    x = torch.ones(1000)
     bad = x.clone()
     bad[777], bad[900] = float("inf"), float("nan")
     with pytest.raises(DataError, match=r"tensor 'w': model 1 holds NaN or Inf at flat index 777 \(2 in all\)"):
@@ -141,7 +143,7 @@ def test_state_dicts_unequal_buffers(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_state_dicts_may_be_lazy() -> None:
     class Lazy(dict):
-        reads: list[str] = []
+        reads: ClassVar[list[str]] = []
 
         def __getitem__(self, key):
             self.reads.append(key)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from brute import ties as brute_ties
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mergekernels as mk
+from brute import ties as brute_ties
 from mergekernels.backends.reference.select import select_point
 from mergekernels.ops import Keep, Program, select, stream
 from mergekernels.tensors import tensor_id
@@ -53,7 +53,7 @@ def test_paper_keeps_one_more_and_all_ties(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_paper_zero_vote_takes_the_majority(backend: str) -> None:
-    """Three coordinates elect -, -, +; the fourth cancels and so takes the negative value; a tie of signs stays at base."""
+    """Signs -, -, + elect minus, which the cancelling fourth takes; where the elected signs balance it stays at base."""
     base = torch.zeros(4)
     a, b = torch.tensor([-1.0, -2.0, 3.0, 5.0]), torch.tensor([-1.0, -2.0, 3.0, -5.0])
     got = mk.merge([a, b], "ties", base=base, density=1.0, dialect="paper", backend=backend)

@@ -32,7 +32,9 @@ def check_tensor(tensor: Any, what: str, name: str) -> torch.Tensor:
         )
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         kind = "a meta tensor" if tensor.is_meta else str(tensor.layout)
-        raise ArgumentError(f"{what} has no plain memory", code="tensor.layout", tensor=name, expected="dense", got=kind)
+        raise ArgumentError(
+            f"{what} has no plain memory", code="tensor.layout", tensor=name, expected="dense", got=kind
+        )
     dtype = dtype_of(str(tensor.dtype).removeprefix("torch."))
     if dtype is None or not dtype.is_float:
         raise ArgumentError(
@@ -100,10 +102,12 @@ def split(value: Any, cuts: Sequence[int] | None, dim: int, what: str, name: str
             expected=f"{sum(cuts)} along dimension {dim}",
             got=str(tuple(whole.shape)),
         )
-    return list(whole.split(list(cuts), dim))
+    return list(whole.split(list(cuts), dim))  # type: ignore[no-untyped-call]
 
 
-def check_out(out: torch.Tensor, like: torch.Tensor, dtype: torch.dtype, inputs: Sequence[torch.Tensor], name: str) -> None:
+def check_out(
+    out: torch.Tensor, like: torch.Tensor, dtype: torch.dtype, inputs: Sequence[torch.Tensor], name: str
+) -> None:
     """Refuse an output tensor of another shape, dtype or device, or one that overlaps an input other than exactly."""
     if out.shape != like.shape or out.dtype != dtype or out.device != like.device:
         raise ArgumentError(
@@ -114,12 +118,17 @@ def check_out(out: torch.Tensor, like: torch.Tensor, dtype: torch.dtype, inputs:
             got=f"{tuple(out.shape)} {out.dtype} on {out.device}",
         )
     if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
-        raise ArgumentError("out has elements that share memory", code="out", tensor=name, got=f"strides {out.stride()}")
+        raise ArgumentError(
+            "out has elements that share memory", code="out", tensor=name, got=f"strides {out.stride()}"
+        )
     for x in inputs:
         same = x.data_ptr() == out.data_ptr() and x.stride() == out.stride() and x.dtype == out.dtype
         if not same and _overlap(x, out):
             raise ArgumentError(
-                "out overlaps an input in memory", code="out", tensor=name, expected="its own memory, or exactly one input"
+                "out overlaps an input in memory",
+                code="out",
+                tensor=name,
+                expected="its own memory, or exactly one input",
             )
 
 

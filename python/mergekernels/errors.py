@@ -130,6 +130,7 @@ class PlanError(MergeError):
             self.exit_code = max(p.exit_code for p in problems)
 
     def to_dict(self) -> dict[str, Any]:
+        """As the parent's, with the problems under ``"problems"``."""
         return {**super().to_dict(), "problems": [p.to_dict() for p in self.problems]}
 
 

@@ -127,7 +127,6 @@ def merge_one(
     call: Call, spec: Spec, inputs: Inputs, coeffs: Coeffs | None, out_dtype: torch.dtype | None, out: Any = None
 ) -> Any:
     """Write one merged tensor (a list of shards for sharded inputs); resolve it first unless `coeffs` are given."""
-    import torch
 
     _, backend = pick("stream", inputs.all_views, call.backend)
     if coeffs is None:
@@ -135,7 +134,10 @@ def merge_one(
     dtype = out_dtype or torch_dtype(promote([v.dtype for v in inputs.all_views]))
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise ArgumentError(
-            "out_dtype is not usable", code="out_dtype", expected="bfloat16, float16, float32 or float64", got=str(dtype)
+            "out_dtype is not usable",
+            code="out_dtype",
+            expected="bfloat16, float16, float32 or float64",
+            got=str(dtype),
         )
     outs = _outputs(inputs, dtype, out)
     run_program(call.method.apply(spec, coeffs), inputs, outs, backend, call.threads, call.nan)
@@ -150,7 +152,11 @@ def _outputs(inputs: Inputs, dtype: torch.dtype, out: Any) -> list[torch.Tensor]
     outs = list(out) if inputs.sharded else [out]
     if len(outs) != len(inputs.tensors):
         raise ArgumentError(
-            "out has the wrong number of shards", code="out", tensor=inputs.name, expected=str(len(inputs.tensors)), got=str(len(outs))
+            "out has the wrong number of shards",
+            code="out",
+            tensor=inputs.name,
+            expected=str(len(inputs.tensors)),
+            got=str(len(outs)),
         )
     everything = [t for s in inputs.tensors for t in s]
     for target, shard in zip(outs, inputs.tensors, strict=True):
@@ -188,8 +194,8 @@ def merge(
     dialect : variant of the method, "default" or one that `methods()` lists.
     nan : "error" (default) refuses NaN, Inf and overflow; "propagate" lets them through, NaN canonical.
     out_dtype : default the promoted dtype of the inputs. out : tensor (or list of shards) to write into.
-    backend : "cpu", "reference", "triton", "cuda"; default `use_backend`, then MERGEKERNELS_BACKEND, then the best for the
-        device. threads : of the cpu backend, default torch's count.
+    backend : "cpu", "reference", "triton", "cuda"; default `use_backend`, then MERGEKERNELS_BACKEND, then the best
+        for the device. threads : of the cpu backend, default torch's count.
     shard_dim : the dimension along which lists of shards are cut: 0 rows (default), 1 columns.
     params : the method's own parameters (density=0.2, scale=0.5), one value or one per model where the method says so.
 

@@ -60,7 +60,8 @@ F32 = DType("F32", "float32", 4, 2)
 F64 = DType("F64", "float64", 8, 3)
 FLOAT_DTYPES = (BF16, F16, F32, F64)
 
-_ALL = FLOAT_DTYPES + (
+_ALL = (
+    *FLOAT_DTYPES,
     DType("BOOL", "bool", 1),
     DType("U8", "uint8", 1),
     DType("I8", "int8", 1),

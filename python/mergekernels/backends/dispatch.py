@@ -74,7 +74,7 @@ def load(name: str) -> Backend:
     missing = "torch" if name != "cpu" else ""
     if missing and importlib.util.find_spec(missing) is None:
         raise BackendError(f"backend '{name}' needs {missing}, which is not installed", code="backend.missing")
-    return importlib.import_module(f".{name}", __package__)  # type: ignore[return-value]
+    return importlib.import_module(f".{name}", __package__)
 
 
 def requested(argument: str | None = None) -> str | None:

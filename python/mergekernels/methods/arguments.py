@@ -64,7 +64,9 @@ def bind(
                 got=keyword,
                 hint=f"Did you mean '{near[0]}'?" if near else None,
             )
-    params = {p.name: _value(p, info.name, arguments.get(p.keyword, REQUIRED), num_models, dialect) for p in info.params}
+    params = {
+        p.name: _value(p, info.name, arguments.get(p.keyword, REQUIRED), num_models, dialect) for p in info.params
+    }
     problems = method.check(params, dialect, nan)
     if problems:
         raise ArgumentError(f"{info.name}: {'; '.join(problems)}", code="parameter.combination", tensor=name or None)

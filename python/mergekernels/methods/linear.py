@@ -32,7 +32,8 @@ class Linear:
         deviations=(
             "weights that sum to zero under normalize are refused; mergekit writes Inf or NaN "
             "(so does nan: propagate here)",
-            "every product is rounded before it is added; mergekit fuses them, which differs in the last bit of float32",
+            "every product is rounded before it is added; mergekit fuses the two, which differs in "
+            "the last bit of float32",
         ),
     )
 

@@ -24,30 +24,58 @@ class Ties:
         name="ties",
         purpose="Keep the largest entries of each task vector, vote one sign per coordinate, average what agrees.",
         formula=(
-            "d~t = the max(1, floor(density n)) entries of largest |dt|, the others 0; s = +1 if w1 d~1 + ... + wT d~T >= 0, "
-            "else -1; y = x0 + lambda (sum of the wt d~t of sign s) / (sum of their wt)"
+            "d~t = the max(1, floor(density n)) entries of largest |dt|, the others 0; "
+            "s = +1 if w1 d~1 + ... + wT d~T >= 0, else -1; y = x0 + lambda (sum of the wt d~t of sign s) / (sum of their wt)"
         ),
         params=(
             weight("weight of each task vector, applied before the vote", optional_in=("paper",)),
-            Param("density", "float", "fraction of each task vector that is kept", per_model=True, default=1.0, low=0.0, high=1.0),
+            Param(
+                "density",
+                "float",
+                "fraction of each task vector that is kept",
+                per_model=True,
+                default=1.0,
+                low=0.0,
+                high=1.0,
+            ),
             LAMBDA,
-            Param("normalize", "bool", "divide by the weights (paper: the number) of the models that agree", default=True),
-            Param("scope", "str", "what density counts over; tensor, in the paper's dialect model", default=None, choices=("tensor", "model")),
-            Param("tie_policy", "str", "who survives among equal magnitudes; hash, in the paper's dialect all", default=None, choices=("hash", "index", "all")),
-            Param("zero_vote", "str", "sign where the vote is zero; positive, in the paper's dialect majority", default=None, choices=("positive", "majority", "zero")),
+            Param(
+                "normalize", "bool", "divide by the weights (paper: the number) of the models that agree", default=True
+            ),
+            Param(
+                "scope",
+                "str",
+                "what density counts over; tensor, in the paper's dialect model",
+                default=None,
+                choices=("tensor", "model"),
+            ),
+            Param(
+                "tie_policy",
+                "str",
+                "who survives among equal magnitudes; hash, in the paper's dialect all",
+                default=None,
+                choices=("hash", "index", "all"),
+            ),
+            Param(
+                "zero_vote",
+                "str",
+                "sign where the vote is zero; positive, in the paper's dialect majority",
+                default=None,
+                choices=("positive", "majority", "zero"),
+            ),
             Param("rescale", "bool", "L1 rescale after trimming; not available yet", default=False),
             INT8_MASK,
         ),
         base="required",
-        passes="scope tensor: 2 reads (a third where ties overflow the candidates), 1 write; scope model: 2 to 4 sweeps of "
-        "the checkpoint and 1 writing pass",
-        source="Yadav et al. 2023, TIES-Merging, arXiv 2306.01708; mergekit merge_methods/generalized_task_arithmetic.py; "
-        "prateeky2806/ties-merging src/utils/merge_utils.py",
+        passes="scope tensor: 2 reads (a third where ties overflow the candidates), 1 write; scope model: 2 to 4 "
+        "sweeps of the checkpoint and 1 writing pass",
+        source="Yadav et al. 2023, TIES-Merging, arXiv 2306.01708; mergekit "
+        "merge_methods/generalized_task_arithmetic.py; prateeky2806/ties-merging src/utils/merge_utils.py",
         dialects={
-            "default": "mergekit 0.1.5's rules in float32: exactly max(1, floor(density n)) kept, weighted vote, zero counts as +1, "
-            "divisor the weights that agree",
-            "paper": "the authors' code: all |d| >= the floor(density n)+1-th largest kept, unweighted vote, zero takes the majority "
-            "sign of the scope, divisor the number that agree; weights other than 1 are refused",
+            "default": "mergekit 0.1.5's rules in float32: exactly max(1, floor(density n)) kept, weighted vote, "
+            "zero counts as +1, divisor the weights that agree",
+            "paper": "the authors' code: all |d| >= the floor(density n)+1-th largest kept, unweighted vote, "
+            "zero takes the majority sign of the scope, divisor the number that agree; weights other than 1 are refused",
         },
         deviations=(
             "mergekit leaves the survivors among equal magnitudes to an unstable sort; here tie_policy decides",
@@ -63,7 +91,9 @@ class Ties:
         if dialect == "paper" and any(w not in (None, 1.0) for w in params["weight"]):
             problems.append(f"the paper's dialect has no weights; expected weight 1, got {list(params['weight'])}")
         if params["rescale"]:
-            problems.append("rescale: true is not available for ties in this version; planned with the reducing methods")
+            problems.append(
+                "rescale: true is not available for ties in this version; planned with the reducing methods"
+            )
         return problems
 
     def scope(self, params: Mapping[str, Any], dialect: str) -> Literal["tensor", "model"]:

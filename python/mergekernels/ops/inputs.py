@@ -22,7 +22,8 @@ __all__ = ["Inputs", "gather", "num_threads"]
 class Inputs:
     """One tensor of a merge. Entry i of every list belongs to shard i; a whole tensor is one shard.
 
-    tensors : per shard, the tensors of the models, then the base's if there is one. n : elements of the unsharded tensor.
+    tensors : per shard, the tensors of the models, then the base's if there is one.
+    n : elements of the unsharded tensor.
     """
 
     name: str
@@ -115,7 +116,10 @@ def num_threads(argument: int | None) -> int:
     if asked:
         if not asked.isdecimal() or int(asked) < 1:
             raise ArgumentError(
-                "MERGEKERNELS_NUM_THREADS is not a count", code="threads", expected="an integer of at least 1", got=asked
+                "MERGEKERNELS_NUM_THREADS is not a count",
+                code="threads",
+                expected="an integer of at least 1",
+                got=asked,
             )
         return int(asked)
     return torch.get_num_threads()

@@ -60,8 +60,8 @@ class Program:
         y  = x0 + y   (only with a base)
         out = round to nearest even to the output dtype; NaN becomes the canonical NaN; if s is NaN, y is NaN
 
-    With `copy` there is one model and only the scale: y = x1 * scale (if scale != 1), which preserves -0; without scale,
-    load cast and change of dtype the bits are copied.
+    With `copy` there is one model and only the scale: y = x1 * scale (if scale != 1), which preserves -0; without
+    scale, load cast and change of dtype the bits are copied.
 
     weights, divisor_value, scale : doubles; a backend rounds each to C once.
     keep : one entry per model, None keeps everything (no trimming).

@@ -58,7 +58,15 @@ def run_sweep(
             visited += piece.numel
             wanted = [v if i is not None else None for v, i in zip(models, sweep.intervals, strict=True)]
             backend.sweep(
-                sweep, stats, piece, base, wanted, compute=inputs.compute, tensor=inputs.tensor, offset=offset, threads=threads
+                sweep,
+                stats,
+                piece,
+                base,
+                wanted,
+                compute=inputs.compute,
+                tensor=inputs.tensor,
+                offset=offset,
+                threads=threads,
             )
     if nan == "error":
         _refuse_nonfinite(stats, selection.scope, tensors)
@@ -147,7 +155,9 @@ def select(
     inputs = gather(models, base, name, shard_dim)
     ks = (k,) * len(models) if isinstance(k, int) else tuple(k)
     if len(ks) != len(models) or any(not 1 <= v <= inputs.n for v in ks):
-        raise ArgumentError("k is not usable", code="select.k", tensor=name, expected=f"1 to {inputs.n} per model", got=str(k))
+        raise ArgumentError(
+            "k is not usable", code="select.k", tensor=name, expected=f"1 to {inputs.n} per model", got=str(k)
+        )
     request = requested(backend)
     _, module = pick("select", inputs.all_views, request)
     scope = Scope((0,), (inputs.tensor,), inputs.n, "F64" if inputs.compute.name == "F64" else "F32")

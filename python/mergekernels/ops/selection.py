@@ -1,9 +1,10 @@
 """Host side of `select`: from a rank to the exact point (tau, word, index), in as few sweeps as possible.
 
-A selection of the k largest keys of a model runs: a *sample* of the elements gives an interval of keys that should hold
-the k-th; one *sweep* counts what is ahead of the interval and collects what is inside; where the rank falls outside, or the
-interval holds more entries than are kept, the interval is moved or narrowed and swept again. Ties at the threshold are cut
-in the same way over Philox words or indices. The result never depends on the sample, on the capacity or on the cut into pieces.
+A selection of the k largest keys of a model runs: a *sample* of the elements gives an interval of keys that should
+hold the k-th; one *sweep* counts what is ahead of the interval and collects what is inside; where the rank falls
+outside, or the interval holds more entries than are kept, the interval is moved or narrowed and swept again. Ties at
+the threshold are cut in the same way over Philox words or indices. The result never depends on the sample, on the
+capacity or on the cut into pieces.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Selection:
         seed: int,
         base: bool,
     ) -> Selection:
-        """Begin the selection of the ks[t] largest |delta| of each model t (1 <= k < n), None to leave a model alone."""
+        """Begin the selection of the ks[t] largest |delta| of each model t (1 <= k < n), None leaves a model alone."""
         hi = MAX_KEY[scope.compute]
         sample = 1.0 if scope.n <= _SMALL else min(1.0, max(_SAMPLE_SIZE, scope.n // 512) / scope.n)
         return Selection(
@@ -103,7 +104,7 @@ class Selection:
         return Sweep(intervals, "index" if self.policy == "index" else "hash", self.base, self.seed)
 
     def advance(self, stats: SweepStats, visited: int) -> Selection:
-        """The state after the pass `self.sweep`; `visited` is the number of elements it saw (n, or the sample's size)."""
+        """The state after the pass `self.sweep`; `visited` is the number of elements it saw (n, or fewer in a sample)."""
         searches = list(self.searches)
         for m, search in enumerate(searches):
             if search is None or search.stage == "done":

@@ -22,7 +22,7 @@ def load(view: TensorView, compute: DType) -> torch.Tensor:
 
 
 def delta(x: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
-    """x - base, or x."""
+    """X - base, or x."""
     return x if base is None else x - base
 
 

@@ -76,4 +76,4 @@ def _report_nonfinite(stats: SweepStats, source: int, x: torch.Tensor, index: to
 
 
 def _buffer(x: torch.Tensor) -> memoryview:
-    return memoryview(x.cpu().contiguous().numpy()).cast("B").cast("Q")
+    return x.cpu().contiguous().numpy().data.cast("B").cast("Q")

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 __all__ = ["block_sums", "canonical_nan", "stream"]
 
-_NAN_BITS = {torch.bfloat16: 0x7FC0, torch.float16: 0x7E00, torch.float32: 0x7FC00000, torch.float64: 0x7FF8000000000000}
+_NAN_BITS = {
+    torch.bfloat16: 0x7FC0,
+    torch.float16: 0x7E00,
+    torch.float32: 0x7FC00000,
+    torch.float64: 0x7FF8000000000000,
+}
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -58,7 +63,12 @@ def stream(
     result = None
     if out is not None:
         target = to_torch(out)
-        if program.copy and program.scale == 1.0 and models[0].cast in (None, out.dtype) and models[0].dtype is out.dtype:
+        if (
+            program.copy
+            and program.scale == 1.0
+            and models[0].cast in (None, out.dtype)
+            and models[0].dtype is out.dtype
+        ):
             result = to_torch(models[0]).reshape(-1)
         else:
             result = canonical_nan(y.to(torch_dtype(out.dtype)))
@@ -108,7 +118,7 @@ def _combine(
 
 
 def canonical_nan(x: torch.Tensor) -> torch.Tensor:
-    """x with every NaN replaced by the canonical bit pattern of its dtype."""
+    """X with every NaN replaced by the canonical bit pattern of its dtype."""
     bits = x.view(_BITS[x.element_size()])
     nan = torch.full_like(bits, _NAN_BITS[x.dtype])
     return torch.where(torch.isnan(x), nan, bits).view(x.dtype)
@@ -161,4 +171,4 @@ def _count(
             stats.add_nonfinite(source, int(g[bad].min()), count)
     if stats.num_blocks and piece.numel:
         for m, d in enumerate(deltas):
-            stats.set_blocks(m, piece.g0 // CANONICAL_BLOCK, memoryview(block_sums(d).cpu().numpy()))
+            stats.set_blocks(m, piece.g0 // CANONICAL_BLOCK, block_sums(d).cpu().numpy().data)
