@@ -53,7 +53,7 @@ def test_paper_keeps_one_more_and_all_ties(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_paper_zero_vote_takes_the_majority(backend: str) -> None:
-    """Signs -, -, + elect minus, which the cancelling fourth takes; where the elected signs balance it stays at base."""
+    """Signs -, -, + elect minus, which the cancelling fourth takes; where elected signs balance it stays at base."""
     base = torch.zeros(4)
     a, b = torch.tensor([-1.0, -2.0, 3.0, 5.0]), torch.tensor([-1.0, -2.0, 3.0, -5.0])
     got = mk.merge([a, b], "ties", base=base, density=1.0, dialect="paper", backend=backend)

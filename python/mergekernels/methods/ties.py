@@ -25,7 +25,8 @@ class Ties:
         purpose="Keep the largest entries of each task vector, vote one sign per coordinate, average what agrees.",
         formula=(
             "d~t = the max(1, floor(density n)) entries of largest |dt|, the others 0; "
-            "s = +1 if w1 d~1 + ... + wT d~T >= 0, else -1; y = x0 + lambda (sum of the wt d~t of sign s) / (sum of their wt)"
+            "s = +1 if w1 d~1 + ... + wT d~T >= 0, else -1; "
+            "y = x0 + lambda (sum of the wt d~t of sign s) / (sum of their wt)"
         ),
         params=(
             weight("weight of each task vector, applied before the vote", optional_in=("paper",)),
@@ -75,7 +76,8 @@ class Ties:
             "default": "mergekit 0.1.5's rules in float32: exactly max(1, floor(density n)) kept, weighted vote, "
             "zero counts as +1, divisor the weights that agree",
             "paper": "the authors' code: all |d| >= the floor(density n)+1-th largest kept, unweighted vote, "
-            "zero takes the majority sign of the scope, divisor the number that agree; weights other than 1 are refused",
+            "zero takes the majority "
+            "sign of the scope, divisor the number that agree; weights other than 1 are refused",
         },
         deviations=(
             "mergekit leaves the survivors among equal magnitudes to an unstable sort; here tie_policy decides",
