@@ -10,7 +10,7 @@ from ..methods.protocol import Coeffs
 from .committer import Committer
 from .context import Context, Worker
 from .events import Progress, ProgressSink, RunReport
-from .io import Io
+from .io import Io, output_error
 from .jobs import CopyJob, MergeJob, Target
 from .layout import OutputFile
 from .plan import Plan
@@ -184,6 +184,8 @@ def execute(plan: Plan, *, overwrite: bool, progress: ProgressSink | None, io: I
             raise MergeError("the output vanished while it was looked at", code="output.vanished", file=str(staging.out))
         staging.remove()
         return run.report(str(manifest["checkpoint_sha256"]), start, resumed=len(plan.files), done=True)
+    except OSError as error:
+        raise output_error("the output cannot be written", error.filename or staging.out, error) from error
     finally:
         run.ctx.inputs.close()
         staging.unlock()

@@ -100,7 +100,7 @@ class InputFiles:
         """Closes all."""
         with self._lock:
             for fd in self._fds.values():
-                self._io.close(fd)
+                self._close(fd)
             self._fds.clear()
 
     def _evict(self) -> None:
@@ -110,7 +110,13 @@ class InputFiles:
             try:
                 self._compare(number, self._io.fstat(fd))
             finally:
-                self._io.close(fd)
+                self._close(fd)
+
+    def _close(self, fd: int) -> None:
+        try:
+            self._io.close(fd)
+        except OSError:
+            pass  # it was only read
 
     def _compare(self, number: int, state: os.stat_result) -> None:
         file = self.files[number]
@@ -151,7 +157,12 @@ class InputFiles:
                     got="another",
                     hint="Run again: the merge is planned anew.",
                 )
+        except OSError as error:
+            self._close(fd)
+            raise InputError(
+                f"the input cannot be read: {error.strerror}", code="input.open", file=str(file.path)
+            ) from error
         except BaseException:
-            self._io.close(fd)
+            self._close(fd)
             raise
         return fd
