@@ -6,6 +6,8 @@ Scalars and per-model numbers come through one int64 table instead of arguments,
 """
 
 # mypy: ignore-errors
+# Branches on constexpr stay statements, of which Triton compiles one.
+# ruff: noqa: SIM108
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ LAUNCH_OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 def block_size(itemsize: int, interpreted: bool) -> int:
-    """Elements per program: 16 bytes or more of every input per thread, few programs where each costs half a millisecond."""
+    """Elements per program: 16 bytes of every input per thread, and few programs where each takes 0.5 ms."""
     if interpreted:
         return 4096
     return 512 if itemsize == 8 else 1024
@@ -67,9 +69,7 @@ def flat_index(table, e, FLAT: tl.constexpr):
 
 
 @triton.jit
-def load(
-    address, e, mask, DTYPE: tl.constexpr, COMPUTE: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr
-):
+def load(address, e, mask, DTYPE: tl.constexpr, COMPUTE: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr):
     """Elements e of the array at an address (int64): (as stored, exactly in the compute dtype). Masked ones are 0."""
     if DTYPE == BF16:
         p = address.to(tl.pointer_type(tl.int16))
@@ -129,7 +129,7 @@ def is_nonfinite(x):
 
 @triton.jit
 def narrow(y, OUT: tl.constexpr):
-    """y rounded to nearest even to the output dtype, every NaN canonical: (value to store, finite?).
+    """Value rounded to nearest even to the output dtype, every NaN canonical: (what to store, is it finite).
 
     bfloat16 comes as int16. float64 goes through float32 to the 16-bit types, as in torch.
     """
@@ -162,7 +162,7 @@ def narrow(y, OUT: tl.constexpr):
 
 @triton.jit
 def divide(a, b):
-    """a / b rounded to nearest even; plain float32 division is approximate on NVIDIA GPUs."""
+    """Quotient rounded to nearest even; plain float32 division is approximate on NVIDIA GPUs."""
     if a.dtype == tl.float64:
         q = a / b
     else:
@@ -171,13 +171,13 @@ def divide(a, b):
 
 
 @triton.jit
-def philox_word(seed, tensor, stream, g):
-    """The Philox4x32-10 word of each flat index, uint32. Key: seed. Counter: g div 4 (64 bits), tensor id, stream; lane g mod 4.
+def philox(seed, tensor, stream, group):
+    """The four Philox4x32-10 words of each group of four elements, uint32.
 
-    seed, tensor : int64 scalars (the low 32 bits of the tensor id count). stream : integer. g : int64 block, g >= 0.
+    Key: seed. Counter: group (64 bits), tensor id, stream.
+
+    seed, tensor : int64 scalars (the low 32 bits of the tensor id count). stream : integer. group : int64 block, >= 0.
     """
-    group = g >> 2
-    lane = g & 3
     c0 = group.to(tl.uint32)
     c1 = (group >> 32).to(tl.uint32)
     zero = c0 ^ c0
@@ -194,21 +194,46 @@ def philox_word(seed, tensor, stream, g):
         c3 = product0.to(tl.uint32)
         k0 = k0 + tl.full(k0.shape, 0x9E3779B9, tl.uint32)
         k1 = k1 + tl.full(k1.shape, 0xBB67AE85, tl.uint32)
-    even = tl.where(lane == 0, c0, c2)
-    odd = tl.where(lane == 1, c1, c3)
-    return tl.where((lane & 1) == 0, even, odd)
+    return c0, c1, c2, c3
 
 
 @triton.jit
-def count(flags):
-    """Number of true flags, int64."""
-    return tl.sum(flags.to(tl.int32), axis=0).to(tl.int64)
+def tie_words(table, m, g, QUADS: tl.constexpr, BLOCK: tl.constexpr):
+    """The word that orders the ties of model m at each flat index: lane g mod 4 of group g div 4, uint32 [BLOCK].
+
+    QUADS : the flat indices of a block are consecutive and begin at a multiple of 4, so that one call gives four words.
+    """
+    seed = tl.load(table + SEED)
+    tensor = tl.load(table + TENSOR)
+    stream = m * 16 + TIE_PURPOSE
+    if QUADS:
+        first = tl.load(table + G0) + tl.load(table + START) + tl.program_id(0).to(tl.int64) * BLOCK
+        c0, c1, c2, c3 = philox(seed, tensor, stream, (first >> 2) + tl.arange(0, BLOCK // 4).to(tl.int64))
+        words = tl.reshape(tl.join(tl.join(c0, c2), tl.join(c1, c3)), [BLOCK])
+    else:
+        c0, c1, c2, c3 = philox(seed, tensor, stream, g >> 2)
+        lane = g & 3
+        words = tl.where((lane & 1) == 0, tl.where(lane == 0, c0, c2), tl.where(lane == 1, c1, c3))
+    return words
 
 
 @triton.jit
-def report_nonfinite(first_ptr, count_ptr, bad, index):
+def tally2(a, b):
+    """Numbers of true flags in two blocks of at most 2^15 elements, int64, by one reduction."""
+    packed = tl.sum(a.to(tl.int32) + (b.to(tl.int32) << 16), axis=0)
+    return (packed & 0xFFFF).to(tl.int64), (packed >> 16).to(tl.int64)
+
+
+@triton.jit
+def tally3(a, b, c):
+    """Numbers of true flags in three blocks of at most 2^15 elements, int64, by one reduction."""
+    packed = tl.sum(a.to(tl.int64) + (b.to(tl.int64) << 16) + (c.to(tl.int64) << 32), axis=0)
+    return packed & 0xFFFF, (packed >> 16) & 0xFFFF, packed >> 32
+
+
+@triton.jit
+def report_nonfinite(first_ptr, count_ptr, number, bad, index):
     """Lower *first_ptr to the smallest index of a bad element and add their number to *count_ptr."""
-    number = count(bad)
     if number > 0:
         tl.atomic_add(count_ptr, number, sem="relaxed")
         nowhere = tl.full(index.shape, 0x7FFFFFFFFFFFFFFF, tl.int64)

@@ -1,6 +1,7 @@
 """`select` in Triton: the counting pass of `mergekernels.ops.program.Sweep`."""
 
 # mypy: ignore-errors
+# ruff: noqa: SIM102
 
 from __future__ import annotations
 
@@ -13,18 +14,16 @@ from ._common import (
     HEADER,
     OFFSET,
     ROW,
-    SEED,
-    TENSOR,
-    TIE_PURPOSE,
     N,
-    count,
     element_offsets,
     flat_index,
     is_nonfinite,
     key_of,
     load,
-    philox_word,
     report_nonfinite,
+    tally2,
+    tally3,
+    tie_words,
 )
 
 __all__ = ["select_kernel"]
@@ -47,13 +46,14 @@ def select_kernel(
     HASH: tl.constexpr,
     BINS: tl.constexpr,
     FLAT: tl.constexpr,
+    QUADS: tl.constexpr,
     ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """before[m] = number of elements ahead of model m's interval; inside[m] = number in it, and either the entries or bins.
+    """Count before[m] = |{ahead of m's interval}| and inside[m] = |{in it}|, and collect or bin what is inside.
 
-    Reads (NUM_MODELS + HAS_BASE) * itemsize bytes per element; writes 16 bytes per entry inside, or counts in 4,096 bins.
+    Reads (NUM_MODELS + HAS_BASE) * itemsize bytes per element; writes 16 bytes per entry inside, or 4,096 counts.
     Integer atomics only: the order of the entries varies, their set does not.
 
     table : int64 header and one row (address, stage, lo, hi, tau, shift) per model; stage 0 leaves a model out.
@@ -71,7 +71,9 @@ def select_kernel(
     if HAS_BASE:
         x0 = load(tl.load(table + BASE), e, mask, DTYPE, COMPUTE, MASKED, ALIGNED)[1]
         if not BINS:
-            report_nonfinite(bad_first + NUM_MODELS, bad_count + NUM_MODELS, is_nonfinite(x0) & mask, index)
+            bad = is_nonfinite(x0) & mask
+            number, _ = tally2(bad, bad)
+            report_nonfinite(bad_first + NUM_MODELS, bad_count + NUM_MODELS, number, bad, index)
     for m in range(NUM_MODELS):
         row = table + HEADER + m * ROW
         stage = tl.load(row + 1)
@@ -79,8 +81,6 @@ def select_kernel(
             lo = tl.load(row + 2)
             hi = tl.load(row + 3)
             x = load(tl.load(row), e, mask, DTYPE, COMPUTE, MASKED, ALIGNED)[1]
-            if not BINS:
-                report_nonfinite(bad_first + m, bad_count + m, is_nonfinite(x) & mask, index)
             d = x
             if HAS_BASE:
                 d = x - x0
@@ -94,8 +94,7 @@ def select_kernel(
                     ordinal = index
                     if HASH:
                         if tl.max(member.to(tl.int32), axis=0) > 0:
-                            stream = m * 16 + TIE_PURPOSE
-                            ordinal = philox_word(tl.load(table + SEED), tl.load(table + TENSOR), stream, g).to(tl.int64)
+                            ordinal = tie_words(table, m, g, QUADS, BLOCK).to(tl.int64)
                     ahead = ordinal < lo
                 inside = member & (ordinal >= lo) & (ordinal <= hi)
                 ahead = ahead & member
@@ -109,10 +108,10 @@ def select_kernel(
                 one = tl.full([BLOCK], 1, tl.int64)
                 tl.atomic_add(bins_ptr + m * 4096 + bin_, one, mask=inside, sem="relaxed")
             else:
-                number = count(ahead)
-                if number > 0:
-                    tl.atomic_add(counters + m, number, sem="relaxed")
-                found = count(inside)
+                bad = is_nonfinite(x) & mask
+                before, found, number = tally3(ahead, inside, bad)
+                tl.atomic_add(counters + m, before, sem="relaxed")
+                report_nonfinite(bad_first + m, bad_count + m, number, bad, index)
                 if found > 0:
                     first = tl.atomic_add(counters + NUM_MODELS + m, found, sem="relaxed")
                     place = first + tl.cumsum(inside.to(tl.int32), axis=0).to(tl.int64) - 1

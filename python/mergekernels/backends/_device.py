@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from .._native import to_torch, torch_dtype, view_of
 from ..errors import BackendError
-from ..tensors import DType, Piece, TensorView
+from ..tensors import BF16, DType, Piece, TensorView
 
 if TYPE_CHECKING:
     import torch
@@ -24,18 +24,32 @@ if TYPE_CHECKING:
     from ..ops.program import Program, Sweep
     from .dispatch import Backend
 
-__all__ = ["Operands", "Placed", "guard", "is_flat", "no_gpu", "operands", "place", "same_device", "signed", "split_tau"]
+__all__ = [
+    "Operands",
+    "Placed",
+    "guard",
+    "is_flat",
+    "no_gpu",
+    "operands",
+    "place",
+    "same_device",
+    "split_tau",
+]
 
 _streams = threading.local()
 
 
 @dataclass(frozen=True)
 class Operands:
-    """The inputs of one launch: dense flat tensors of one dtype on one device; None where an input is left out."""
+    """The inputs of one launch: dense flat tensors of one dtype on one device; None where an input is left out.
+
+    converted : the values went through a conversion, so that the bits are not the inputs'.
+    """
 
     dtype: DType
     base: torch.Tensor | None
     models: list[torch.Tensor | None]
+    converted: bool
 
     @property
     def present(self) -> list[torch.Tensor]:
@@ -69,17 +83,12 @@ def operands(base: TensorView | None, models: Sequence[TensorView | None], compu
             x = x.to(torch_dtype(compute))
         return x.reshape(-1).contiguous()
 
-    return Operands(dtypes.pop() if plain else compute, flat(base), [flat(v) for v in models])
+    return Operands(dtypes.pop() if plain else compute, flat(base), [flat(v) for v in models], not plain)
 
 
 def is_flat(piece: Piece) -> bool:
     """True if the elements of a piece have consecutive flat indices."""
     return piece.rows <= 1 or piece.cols == piece.ld
-
-
-def signed(value: int) -> int:
-    """An unsigned 64-bit number as the int64 with the same bits."""
-    return value - (1 << 64) if value >> 63 else value
 
 
 def split_tau(tau: int, ties: str, compute: DType) -> tuple[int, int]:
@@ -105,7 +114,7 @@ def no_gpu() -> str | None:
 
     if torch.cuda.is_available():
         return None
-    if not torch.backends.cuda.is_built():
+    if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
         return "no GPU: this torch is built without CUDA or ROCm"
     return "no GPU is visible to torch"
 
@@ -129,8 +138,7 @@ class Placed:
 
     def why_not(self, op: str, views: Sequence[TensorView]) -> str | None:
         """Why the backend cannot serve these views once they are on the device."""
-        if not views:
-            views = [TensorView(0, (0,), (1,), dtype, device=self.device) for dtype in _some_dtype()]
+        views = views or [TensorView(0, (0,), (1,), BF16)]
         return self.backend.why_not(op, [replace(v, device=self.device) for v in views])
 
     def sweep(
@@ -205,14 +213,8 @@ class Placed:
             return nullcontext()
         streams = _streams.__dict__.setdefault("by_device", {})
         if device not in streams:
-            streams[device] = torch.cuda.Stream(device)
+            streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         return torch.cuda.stream(streams[device])
-
-
-def _some_dtype() -> tuple[DType, ...]:
-    from ..tensors import BF16
-
-    return (BF16,)
 
 
 def place(backend: Backend, device: str) -> Backend:

@@ -1,37 +1,37 @@
 """The Triton backend: GPU tensors, or tensors in host memory under Triton's interpreter (TRITON_INTERPRET=1).
 
-Inputs are dense after at most one copy; see `_device.operands`. Nothing here synchronises except to read counters.
+Inputs are dense after at most one copy; see `_device.operands`.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .._native import to_torch, torch_dtype
-from ..ops.program import NUM_BINS, Keep, Program, Sweep, bin_shift
-from ..tensors import BF16, CANONICAL_BLOCK, DType, Piece, TensorView
-from ._device import Operands, guard, is_flat, no_gpu, operands, same_device, signed, split_tau
+from .._native import torch_dtype
+from ..ops.program import Program, Sweep, bin_shift
+from ..tensors import BF16, DType, Piece, TensorView
+from . import _gpu
+from ._device import Operands, guard, is_flat, no_gpu, same_device, split_tau
 
 if TYPE_CHECKING:
     import torch
 
     from .._cpu import StreamStats, SweepStats
 
-__all__ = ["stream", "sweep", "why_not"]
+__all__ = ["launch_block_sums", "launch_stream", "launch_sweep", "stream", "sweep", "why_not"]
 
 _OPS = ("select", "sweep", "stream")
 _CONSENSUS = {"none": 0, "sum": 1}
 _DIVISOR = {"none": 0, "value": 1, "agreeing_weights": 2, "agreeing_count": 3}
 _STAGE = {"key": 1, "tie": 2}
-_INT64_MAX = (1 << 63) - 1
-_SLOTS = 32
-"""Copies of the counters, so that programs do not queue at one address."""
 
 # The interpreter swaps functions of the language while it runs, and compilation fills caches: one launch at a time.
 _lock = threading.Lock()
@@ -71,79 +71,10 @@ def sweep(
     offset: int,
     threads: int,
 ) -> None:
-    """See ops.program.Sweep. `threads` has no effect.
-
-    Entries are collected on the device as long as the statistics have room for them, else counted in bins by a second pass.
-    """
-    import torch
-
-    wanted = [v if i is not None else None for i, v in zip(request.intervals, models, strict=True)]
-    if piece.numel == 0 or (base is None and all(v is None for v in wanted)):
-        return
-    inputs = operands(base, wanted, compute)
-    device = inputs.present[0].device
-    num_models = len(wanted)
-    room = [0] * num_models
-    rows = []
-    for m, (interval, x) in enumerate(zip(request.intervals, inputs.models, strict=True)):
-        if interval is None or x is None:
-            rows.append([0] * 6)
-            continue
-        room[m] = 0 if stats.overflowed(m) else stats.capacity - stats.inside(m)
-        shift = bin_shift(interval.lo, interval.hi)
-        rows.append([x.data_ptr(), _STAGE[interval.stage], interval.lo, interval.hi, interval.tau, shift])
-    capacity = max(1, min(piece.numel, max(room)))
-    header = _header(inputs, piece, request.seed, tensor, offset, capacity)
-    width = 4 * num_models + 2
-    first = width - num_models - 1
-    counters = torch.zeros(width, dtype=torch.int64, device=device)
-    counters[first:] = _INT64_MAX
-    entries = torch.empty((2, num_models, capacity), dtype=torch.int64, device=device)
-    bins = entries
-    kernel = _kernels("select").select_kernel
-    constants: dict[str, Any] = {
-        "NUM_MODELS": num_models,
-        "DTYPE": inputs.dtype.code,
-        "COMPUTE": compute.code,
-        "HAS_BASE": base is not None,
-        "TIES": any(i is not None and i.stage == "tie" for i in request.intervals),
-        "HASH": request.order == "hash",
-        "FLAT": is_flat(piece),
-        "ALIGNED": inputs.aligned,
-    }
-
-    def launch(collect: bool) -> None:
-        tables = _tables(header, rows, piece.numel, inputs.dtype, device)
-        _cover(
-            kernel,
-            piece.numel,
-            inputs.dtype,
-            device,
-            lambda part: (tables[part], counters, entries[0], entries[1], bins),
-            {**constants, "BINS": not collect},
-        )
-
-    launch(collect=True)
-    numbers = counters.tolist()
-    before, inside = numbers[:num_models], numbers[num_models : 2 * num_models]
-    many = [m for m in range(num_models) if rows[m][1] and inside[m] > room[m]]
-    for m in range(num_models):
-        if rows[m][1] and m not in many:
-            found = entries[:, m, : inside[m]].cpu()
-            stats.add(m, before[m], _words(found[0]), _words(found[1]))
-    if many:
-        for m in range(num_models):
-            if m not in many:
-                rows[m][1] = 0
-        bins = torch.zeros((num_models, NUM_BINS), dtype=torch.int64, device=device)
-        launch(collect=False)
-        histograms = bins.cpu()
-        for m in many:
-            stats.add_histogram(m, before[m], _words(histograms[m]))
-    for source in range(num_models + 1):
-        bad = numbers[2 * num_models + source]
-        if bad:
-            stats.add_nonfinite(source, numbers[first + source], bad)
+    """See ops.program.Sweep. `threads` has no effect."""
+    _gpu.sweep(
+        sys.modules[__name__], request, stats, piece, base, models, compute=compute, tensor=tensor, offset=offset
+    )
 
 
 def stream(
@@ -157,54 +88,73 @@ def stream(
     stats: StreamStats | None,
     threads: int,
 ) -> None:
-    """See ops.program.Program. `threads` has no effect.
+    """See ops.program.Program. `threads` has no effect."""
+    _gpu.stream(sys.modules[__name__], program, piece, base, models, out, compute=compute, stats=stats)
 
-    `out` may be exactly one of the inputs; a strided one is written through a dense temporary.
-    """
-    import torch
 
-    if piece.numel == 0 or (out is None and stats is None):
-        return
-    inputs = operands(base, models, compute)
-    device = inputs.present[0].device
-    num_models = len(models)
-    target = None if out is None else to_torch(out)
-    result = target
-    if target is not None and not target.is_contiguous():
-        result = torch.empty(target.shape, dtype=target.dtype, device=device)
+def launch_sweep(
+    request: Sweep,
+    inputs: Operands,
+    piece: Piece,
+    compute: DType,
+    tensor: int,
+    offset: int,
+    counters: torch.Tensor,
+    entries: torch.Tensor,
+    bins: torch.Tensor | None,
+) -> None:
+    """See _gpu.Launches."""
     rows = []
-    for x, keep in zip(inputs.present[base is not None :], program.keep or (None,) * num_models, strict=True):
-        rows.append([x.data_ptr(), *_point(keep, compute)])
-    header = _header(inputs, piece, program.seed, program.tensor, 0, 0)
-    tables = _tables(header, rows, piece.numel, inputs.dtype, device)
-    numbers = [program.divisor_value, program.scale, *program.weights]
-    coefficients = torch.tensor(numbers, dtype=torch_dtype(compute)).to(device)
-    out_dtype = compute if out is None else out.dtype
-    # bfloat16 is written as the integers that the kernel makes.
-    written = tables if result is None else result.view(torch.int16) if out_dtype is BF16 else result
-    width = 3 * num_models + 7
-    first = width - num_models - 2
-    counters = tables
-    if stats is not None:
-        counters = torch.zeros((_SLOTS, width), dtype=torch.int64, device=device)
-        counters[:, first:] = _INT64_MAX
-    shared = {
+    for interval, x in zip(request.intervals, inputs.models, strict=True):
+        if interval is None or x is None:
+            rows.append([0] * 6)
+            continue
+        shift = bin_shift(interval.lo, interval.hi)
+        rows.append([x.data_ptr(), _STAGE[interval.stage], interval.lo, interval.hi, interval.tau, shift])
+    tables = _tables(_header(inputs, piece, request.seed, tensor, offset, entries.shape[2]), rows, piece.numel, inputs)
+    constants = {
+        "NUM_MODELS": len(rows),
         "DTYPE": inputs.dtype.code,
         "COMPUTE": compute.code,
-        "HAS_BASE": base is not None,
-        "COPY": program.copy,
-        "SCALE": program.scale != 1.0,
+        "HAS_BASE": inputs.base is not None,
+        "TIES": any(row[1] == _STAGE["tie"] for row in rows),
+        "HASH": request.order == "hash",
+        "BINS": bins is not None,
+        "FLAT": is_flat(piece),
+        "QUADS": is_flat(piece) and piece.g0 % 4 == 0,
         "ALIGNED": inputs.aligned,
     }
-    sums = None
+    arguments = (counters, entries[0], entries[1], entries if bins is None else bins)
+    _cover(_kernels("select").select_kernel, piece.numel, inputs.dtype, tables, arguments, constants)
+
+
+def launch_block_sums(program: Program, inputs: Operands, piece: Piece, compute: DType, sums: torch.Tensor) -> None:
+    """See _gpu.Launches."""
     kernels = _kernels("stream")
-    if stats is not None and stats.num_blocks:
-        blocks = -(-piece.numel // CANONICAL_BLOCK)
-        sums = torch.empty((num_models, blocks), dtype=torch.float64, device=device)
-        grid = (-(-blocks // kernels.NORM_BLOCKS), num_models)
-        _run(kernels.block_sums_kernel, grid, device, (tables[0], coefficients, sums), shared | {"BLOCKS": kernels.NORM_BLOCKS})
+    tables = _stream_tables(program, inputs, piece, compute)
+    constants = {**_shared(program, inputs, compute), "BLOCKS": kernels.NORM_BLOCKS}
+    grid = (-(-sums.shape[1] // kernels.NORM_BLOCKS), sums.shape[0])
+    _run(kernels.block_sums_kernel, grid, (tables[0], _coefficients(program, inputs, compute), sums), constants)
+
+
+def launch_stream(
+    program: Program,
+    inputs: Operands,
+    piece: Piece,
+    compute: DType,
+    out: torch.Tensor | None,
+    out_dtype: DType,
+    counters: torch.Tensor | None,
+    raw: bool,
+) -> None:
+    """See _gpu.Launches."""
+    import torch
+
+    num_models = len(inputs.models)
+    tables = _stream_tables(program, inputs, piece, compute)
     ties = {k.ties for k in program.keep if k is not None}
-    constants = shared | {
+    constants = {
+        **_shared(program, inputs, compute),
         "NUM_MODELS": num_models,
         "OUT": out_dtype.code,
         "HAS_OUT": out is not None,
@@ -213,33 +163,18 @@ def stream(
         "CONSENSUS": _CONSENSUS[program.consensus],
         "ZERO_VOTE": program.zero_vote,
         "DIVISOR": _DIVISOR[program.divisor],
-        "STATS": stats is not None,
-        "SLOTS": _SLOTS,
+        "RAW": raw,
+        "STATS": counters is not None,
+        "SLOTS": _gpu.SLOTS,
         "FLAT": is_flat(piece),
-        "UNROLL": num_models if num_models <= 4 else 2,
+        "QUADS": is_flat(piece) and piece.g0 % 4 == 0,
+        # A few models are loaded at once; more would only cost registers.
+        "UNROLL": num_models if num_models <= 4 else 1,
     }
-    _cover(
-        kernels.stream_kernel,
-        piece.numel,
-        inputs.dtype,
-        device,
-        lambda part: (tables[part], coefficients, written, counters),
-        constants,
-    )
-    if target is not None and result is not None and result is not target:
-        target.copy_(result)
-    if stats is None:
-        return
-    totals = counters[:, :first].sum(0).tolist()
-    lowest = counters[:, first:].amin(0).tolist()
-    stats.add(totals[:num_models], *totals[num_models : num_models + 3])
-    for source, bad in enumerate(totals[num_models + 3 :]):
-        if bad:
-            stats.add_nonfinite(source, lowest[source], bad)
-    if sums is not None:
-        host = sums.cpu()
-        for m in range(num_models):
-            stats.set_blocks(m, piece.g0 // CANONICAL_BLOCK, memoryview(host[m].numpy()))
+    # bfloat16 is written as the integers that the kernel makes.
+    written = tables if out is None else out.view(torch.int16) if out_dtype is BF16 else out
+    arguments = (_coefficients(program, inputs, compute), written, tables if counters is None else counters)
+    _cover(_kernels("stream").stream_kernel, piece.numel, inputs.dtype, tables, arguments, constants)
 
 
 @cache
@@ -255,60 +190,70 @@ def _interpreted() -> bool:
     return isinstance(_kernels("stream").stream_kernel, InterpretedFunction)
 
 
-def _point(keep: Keep | None, compute: DType) -> list[int]:
-    if keep is None:
-        return [-1, 0, 0, 0]
-    return [*split_tau(keep.tau, keep.ties, compute), keep.word, keep.index]
+def _shared(program: Program, inputs: Operands, compute: DType) -> dict[str, Any]:
+    return {
+        "DTYPE": inputs.dtype.code,
+        "COMPUTE": compute.code,
+        "HAS_BASE": inputs.base is not None,
+        "COPY": program.copy,
+        "SCALE": program.scale != 1.0,
+        "ALIGNED": inputs.aligned,
+    }
+
+
+def _coefficients(program: Program, inputs: Operands, compute: DType) -> torch.Tensor:
+    import torch
+
+    numbers = [program.divisor_value, program.scale, *program.weights]
+    return torch.tensor(numbers, dtype=torch_dtype(compute)).to(inputs.present[0].device)
+
+
+def _stream_tables(program: Program, inputs: Operands, piece: Piece, compute: DType) -> torch.Tensor:
+    rows = []
+    for x, keep in zip(inputs.models, program.keep or (None,) * len(inputs.models), strict=True):
+        assert x is not None
+        point = [-1, 0, 0, 0]
+        if keep is not None:
+            point = [*split_tau(keep.tau, keep.ties, compute), keep.word, keep.index]
+        rows.append([x.data_ptr(), *point])
+    return _tables(_header(inputs, piece, program.seed, program.tensor, 0, 0), rows, piece.numel, inputs)
 
 
 def _header(inputs: Operands, piece: Piece, seed: int, tensor: int, offset: int, capacity: int) -> list[int]:
     base = 0 if inputs.base is None else inputs.base.data_ptr()
-    return [piece.numel, piece.g0, piece.cols, piece.ld, signed(seed), tensor, base, offset, 0, capacity]
+    # The seed is unsigned; int64 holds the same bits.
+    signed = seed - (1 << 64) if seed >> 63 else seed
+    return [piece.numel, piece.g0, piece.cols, piece.ld, signed, tensor, base, offset, 0, capacity]
 
 
-def _tables(
-    header: list[int], rows: list[list[int]], n: int, dtype: DType, device: torch.device
-) -> torch.Tensor:
+def _tables(header: list[int], rows: list[list[int]], n: int, inputs: Operands) -> torch.Tensor:
     """The table of the body launch and that of the tail launch, which differ in where they begin: int64 [2, ...]."""
     import torch
 
-    from mergekernels.kernels import _common as common
-
-    block = common.block_size(dtype.itemsize, _interpreted())
-    head, row, start = common.HEADER.value, common.ROW.value, common.START.value
-    flat = header + [0] * (head - len(header))
-    for r in rows:
-        flat += r + [0] * (row - len(r))
+    common = _kernels("_common")
+    block = common.block_size(inputs.dtype.itemsize, _interpreted())
+    flat = header + [0] * (common.HEADER.value - len(header))
+    for row in rows:
+        flat += row + [0] * (common.ROW.value - len(row))
     tables = torch.tensor([flat, flat], dtype=torch.int64)
-    tables[1, start] = n // block * block
-    return tables.to(device)
+    tables[1, common.START.value] = n // block * block
+    return tables.to(inputs.present[0].device)
 
 
 def _cover(
-    kernel: Any,
-    n: int,
-    dtype: DType,
-    device: torch.device,
-    arguments: Callable[[int], tuple[Any, ...]],
-    constants: dict[str, Any],
+    kernel: Any, n: int, dtype: DType, tables: torch.Tensor, arguments: tuple[Any, ...], constants: dict[str, Any]
 ) -> None:
     """Launches a kernel over n elements: whole blocks without masks, so that loads are wide, then the rest."""
-    from mergekernels.kernels._common import block_size
-
-    block = block_size(dtype.itemsize, _interpreted())
+    block = _kernels("_common").block_size(dtype.itemsize, _interpreted())
     if n >= block:
-        _run(kernel, (n // block,), device, arguments(0), constants | {"MASKED": False, "BLOCK": block})
+        _run(kernel, (n // block,), (tables[0], *arguments), constants | {"MASKED": False, "BLOCK": block})
     if n % block:
-        _run(kernel, (1,), device, arguments(1), constants | {"MASKED": True, "BLOCK": block})
+        _run(kernel, (1,), (tables[1], *arguments), constants | {"MASKED": True, "BLOCK": block})
 
 
-def _run(
-    kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: tuple[Any, ...], constants: dict[str, Any]
-) -> None:
-    from mergekernels.kernels._common import LAUNCH_OPTIONS
-
+def _run(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
     with _lock, guard(arguments[0]), _quiet():
-        kernel[grid](*arguments, **constants, **LAUNCH_OPTIONS)
+        kernel[grid](*arguments, **constants, **_kernels("_common").LAUNCH_OPTIONS)
 
 
 def _quiet() -> AbstractContextManager[object]:
@@ -318,7 +263,3 @@ def _quiet() -> AbstractContextManager[object]:
     import numpy
 
     return numpy.errstate(all="ignore")
-
-
-def _words(x: torch.Tensor) -> memoryview:
-    return memoryview(x.contiguous().numpy()).cast("B").cast("Q")
