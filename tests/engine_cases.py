@@ -17,8 +17,7 @@ from mergekernels.engine.driver import execute
 from mergekernels.engine.events import RunReport
 from mergekernels.engine.io import Io
 from mergekernels.engine.plan import Plan, make_plan
-from mergekernels.engine.recipe.load import load_recipe
-from mergekernels.engine.recipe.resolve import resolve
+from mergekernels.engine.recipe import load_recipe, resolve
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "model.embed_tokens.weight": (600, 64),

@@ -100,7 +100,6 @@ def run(
 def _resolved(recipe: str | PathLike[str] | ResolvedMerge, seed: int | None, lenient: bool) -> ResolvedMerge:
     if isinstance(recipe, ResolvedMerge):
         return recipe if seed is None else replace(recipe, seed=seed)
-    from .recipe.load import load_recipe
-    from .recipe.resolve import resolve
+    from .recipe import load_recipe, resolve
 
     return resolve(load_recipe(recipe, lenient=lenient), seed=seed)

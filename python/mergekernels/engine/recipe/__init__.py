@@ -14,6 +14,6 @@ __all__ = ["Recipe", "load_recipe", "resolve"]
 
 def resolve(recipe: Recipe, *, seed: int | None = None) -> ResolvedMerge:
     """Reads the headers of all inputs and resolves `recipe` to numbers; raises PlanError with all problems at once."""
-    from .resolve import resolve as run
+    from .resolution import resolve as run
 
     return run(recipe, seed=seed)

@@ -210,12 +210,12 @@ class SliceBuilder:
                 self.error(("merge_method",), f"{info.name} needs a base_model")
             return None
         if not info.min_models <= count <= info.max_models:
-            what = "model" if info.base == "input" else "model beside the base"
+            what = "models" if info.base == "input" else "models beside the base"
             if info.min_models == info.max_models:
                 expected = f"exactly {info.min_models}"
             else:
                 expected = f"{info.min_models} to {info.max_models}"
-            message = f"{info.name} cannot merge this number of {what}s"
+            message = f"{info.name} cannot merge this number of {what}"
             self.error(slice_.loc, message, expected=f"{expected} in each slice", got=str(count))
             return None
         return slice_
