@@ -30,7 +30,7 @@ __all__ = [
     "write_small",
 ]
 
-_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
+_RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _TRANSIENT = (errno.EINTR, errno.EAGAIN)
 _READ_RETRIES = 3
@@ -85,9 +85,9 @@ class Io:
         """Replaces `target` atomically."""
         self.call("rename", source, target)
 
-    def renameat2(self, source: Path, target: Path, flags: int) -> None:
-        """Linux's rename with flags; OSError with ENOSYS or EINVAL where it is not available."""
-        self.call("renameat2", source, target, flags)
+    def exchange(self, a: Path, b: Path) -> None:
+        """Exchanges two names in one step; OSError with ENOSYS or EINVAL where there is no renameat2 for that."""
+        self.call("exchange", a, b)
 
     def mkdir(self, path: Path) -> None:
         """Creates a folder with the mode that umask leaves."""
@@ -137,14 +137,14 @@ class Io:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     @staticmethod
-    def _renameat2(source: Path, target: Path, flags: int) -> None:
+    def _exchange(a: Path, b: Path) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         function = getattr(libc, "renameat2", None)
         if function is None:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-        if function(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), ctypes.c_uint(flags)) != 0:
+        if function(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), ctypes.c_uint(_RENAME_EXCHANGE)) != 0:
             code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code), str(source), None, str(target))
+            raise OSError(code, os.strerror(code), str(a), None, str(b))
 
 
 def _input_error(what: str, path: Path | str, error: OSError, **where: Any) -> InputError:
@@ -271,7 +271,12 @@ def read_small(io: Io, path: Path) -> bytes:
         data = bytearray(size)
         done = 0
         while done < size:
-            got = io.preadv(fd, [memoryview(data)[done:]], done)
+            try:
+                got = io.preadv(fd, [memoryview(data)[done:]], done)
+            except OSError as error:
+                if error.errno in _TRANSIENT:
+                    continue
+                raise
             if got <= 0:
                 break
             done += got
@@ -296,29 +301,25 @@ def same_device(io: Io, a: Path, b: Path) -> bool:
 
 
 def publish_swap(io: Io, tree: Path, out: Path, aside: Path, *, replace: bool) -> None:
-    """Renames `tree` to `out`. With `replace` and an `out` there, the two are exchanged: the old one is then at `tree`.
+    """Renames `tree` to `out`, which takes the place of an empty folder but of nothing else.
 
-    Where the file system has no renameat2 flags: a plain rename, which cannot replace a folder that is not empty; with
-    `replace` the old folder is first moved to `aside`, so that for a moment there is no `out`, and never half of one.
+    With `replace` and an `out` there, the two are exchanged: the old one is then at `tree`. Where the file system cannot
+    exchange (renameat2), the old folder is first moved to `aside`, so that for a moment there is no `out`, and never half
+    of one.
     """
     try:
-        if replace and out.exists():
+        if not (replace and out.exists()):
+            io.rename(tree, out)
+        else:
             try:
-                io.renameat2(tree, out, _RENAME_EXCHANGE)
+                io.exchange(tree, out)
             except OSError as error:
                 if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
                     raise
                 io.rename(out, aside)
                 io.rename(tree, out)
-        else:
-            try:
-                io.renameat2(tree, out, _RENAME_NOREPLACE)
-            except OSError as error:
-                if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
-                    raise
-                io.rename(tree, out)
     except OSError as error:
-        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             raise OutputError(
                 "the output appeared while the merge ran; nothing was replaced",
                 code="output.exists",

@@ -179,8 +179,8 @@ class MergeJob:
         n = self._n
         statistics = {
             "density": [stats.kept(m) / n for m in models],
-            "sign_conflicts": stats.conflicts() / n,
             "norms": [sqrt(stats.sum_squares(m)) for m in models],
+            "sign_conflicts": stats.conflicts() / n,
         }
         self._stats = None
         self._writer.finish(self._ctx, statistics, warnings)

@@ -58,7 +58,7 @@ def manifest_bytes(plan: Plan, receipts: Sequence[Receipt]) -> tuple[bytes, str]
                 "shape": list(r.shape),
                 "sha256": r.sha256,
                 "file": file,
-                "statistics": dict(r.statistics),
+                "statistics": dict(sorted(r.statistics.items())),
             }
             for r, file in records
         ],

@@ -176,11 +176,10 @@ def _check_target(out: Path, merge: ResolvedMerge) -> list[MergeError]:
             )
         ]
     real = parent.resolve() / out.name
-    problems: list[MergeError] = []
     for checkpoint in merge.inputs:
         source = checkpoint.path.resolve()
         if source == real or real in source.parents or source in real.parents:
-            problems.append(
+            return [
                 OutputError(
                     "the output would touch an input",
                     code="output.is-input",
@@ -188,8 +187,8 @@ def _check_target(out: Path, merge: ResolvedMerge) -> list[MergeError]:
                     expected="a folder apart from all inputs",
                     got=f"input {checkpoint.path}",
                 )
-            )
-    return problems
+            ]
+    return []
 
 
 def _check_space(out: Path, files: tuple[OutputFile, ...], state: OutState) -> list[MergeError]:

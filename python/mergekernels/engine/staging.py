@@ -68,7 +68,7 @@ class Staging:
         self._lock = -1
 
     def others(self) -> list[Path]:
-        """Stagings of other plans for the same OUT."""
+        """Stagings of other plans for the same OUT. One in which nothing is finished gives way without being asked."""
         pattern = re.compile(re.escape(self.out.name) + r"\.mk-[0-9a-f]{16}")
         names = self.io.listdir(self.out.parent)
         return [self.out.parent / n for n in names if pattern.fullmatch(n) and n != self.root.name]
@@ -99,8 +99,8 @@ class Staging:
         if inspect_out(self.io, self.out, self.plan_hash) == "done":
             fsync_dir(self.io, self.out.parent)
             return False
-        if overwrite:
-            for other in self.others():
+        for other in self.others():
+            if overwrite or self._is_empty(other):
                 self._refuse_busy(other)
                 remove_tree(self.io, other)
         for name in self.io.listdir(self.tmp):
@@ -135,7 +135,7 @@ class Staging:
                 file=str(self.out),
                 hint="Name another folder, or use --overwrite to replace it once the merge is complete.",
             )
-        others = self.others()
+        others = [p for p in self.others() if not self._is_empty(p)]
         if others:
             raise OutputError(
                 "an unfinished merge by another plan is there for this output",
@@ -143,6 +143,13 @@ class Staging:
                 file=str(others[0]),
                 hint="Finish it with its own recipe and inputs, delete that folder, or use --overwrite to drop it.",
             )
+
+    def _is_empty(self, other: Path) -> bool:
+        """True if a staging holds no finished work."""
+        try:
+            return not any(self.io.listdir(other / name) for name in ("receipts", "waves"))
+        except OSError:
+            return False
 
     def _mkdir(self, path: Path) -> None:
         try:
