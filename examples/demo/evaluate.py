@@ -30,7 +30,7 @@ def weight_bytes(folder: Path) -> int:
 
 def main(folder: Path) -> int:
     """Prints the table; 1 if the chosen merge does not beat plain averaging by two points."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     read = {"linear": 0, "base": weight_bytes(folder / "checkpoints" / "base")}
     read["linear"] = sum(weight_bytes(folder / "checkpoints" / task) for task in TASKS)
     merges = [line.split("\t") for line in (folder / "merges.tsv").read_text().splitlines()]
