@@ -151,11 +151,6 @@ class SliceBuilder:
         for j, item in enumerate(entry.sources):
             here: Loc = (*loc, "sources", j)
             first, end = item.layer_range
-            if first >= end:
-                self.error(
-                    (*here, "layer_range"), "an empty layer_range", expected="first < end", got=f"[{first}, {end}]"
-                )
-                return None
             lengths.append(end - first)
             position = self.inputs.add(item.model, (*here, "model"))
             if position is None:
