@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import jinja2
 import pytest
 
 from mergekernels.engine.recipe import load_recipe, resolve
@@ -238,6 +239,14 @@ def test_which_side_of_the_stack():
     ]
     assert [n for n in first if not is_embedding_side(n)] == []
     assert [n for n in last if is_embedding_side(n)] == []
+
+
+def test_gradients_outside_the_stack_are_mentioned(here):
+    merge = merge_of(LINEAR.replace("b, parameters: {weight: 1}", "b, parameters: {weight: [1, 2]}"))
+    assert merge.warnings == (
+        "line 5: tensors outside the layer stack, 'model.embed_tokens.weight' for one, "
+        "take the first value of the gradient for 'weight'",
+    )
 
 
 def test_named_stack_decides_gradients(here):
@@ -630,10 +639,66 @@ def test_chat_template(here):
     assert merge_of(LINEAR + "chat_template: t.jinja\n").chat_template == "{{ x }}"
     assert merge_of(LINEAR + "chat_template: '{{ y }}'\n").chat_template == "{{ y }}"
     assert merge_of(LINEAR + "chat_template: |\n  a\n  b\n").chat_template == "a\nb\n"
-    assert problems_of(LINEAR + "chat_template: auto\n")[0].startswith(
-        "line 6: 'chat_template: auto' is not supported yet"
-    )
-    assert problems_of(LINEAR + "chat_template: nosuch\n")[0].startswith("line 6: not a chat template; expected")
+    assert problems_of(LINEAR + "chat_template: chatlm\n") == [
+        "line 6: not a chat template; expected auto, a file, Jinja text, "
+        "or one of alpaca, chatml, exaone, llama3, mistral; got 'chatlm'. Did you mean 'chatml'?"
+    ]
+    long = "x" * 5000
+    assert "cannot read the chat template" in problems_of(LINEAR + f"chat_template: {long}\n")[0]
+
+
+def test_the_commonest_chat_template(here):
+    auto = TIES + "chat_template: auto\n"
+    merge = merge_of(auto)
+    assert merge.chat_template is None
+    assert merge.warnings == ("'chat_template: auto': no input has a chat template",)
+    (here / "a" / "tokenizer_config.json").write_text('{"chat_template": "one"}')
+    assert merge_of(auto).chat_template == "one"
+    (here / "b" / "chat_template.jinja").write_text(" two\n")
+    assert merge_of(auto).chat_template == "one"
+    named = '[{"name": "tool", "template": "x"}, {"name": "default", "template": "two"}]'
+    (here / "base" / "tokenizer_config.json").write_text(f'{{"chat_template": {named}}}')
+    assert merge_of(auto).chat_template == "two"
+    (here / "base" / "tokenizer_config.json").write_text("[")
+    assert merge_of(auto).chat_template == "one"
+
+
+CHAT = [
+    {"role": "system", "content": "S"},
+    {"role": "user", "content": "U"},
+    {"role": "assistant", "content": "A"},
+    {"role": "user", "content": "V"},
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("alpaca", "S\n\n### Instruction:\nU\n\n### Response:\nA</s>\n\n### Instruction:\nV\n\n### Response:\n"),
+        (
+            "chatml",
+            "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+            "<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        ("exaone", "[|system|]S[|endofturn|]\n[|user|]U\n[|assistant|]A[|endofturn|]\n[|user|]V\n[|assistant|]"),
+        (
+            "llama3",
+            "<s><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nU"
+            "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nA<|eot_id|><|start_header_id|>user"
+            "<|end_header_id|>\n\nV<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        ("mistral", "<s>[INST] S\n\nU [/INST] A</s>[INST] V [/INST]"),
+    ],
+)
+def test_named_chat_templates(here, name, expected):
+    template = merge_of(LINEAR + f"chat_template: {name}\n").chat_template
+    render = jinja2.Environment().from_string(template).render
+    assert render(messages=CHAT, bos_token="<s>", eos_token="</s>", add_generation_prompt=True) == expected
+
+
+def test_odd_references_give_errors(here):
+    for path in ("x" * 5000, "~nobody/x", "a/b/c/d", "/nonexistent/x"):
+        assert "does not exist" in problems_of(LINEAR.replace("model: b", f"model: {path}"))[0]
 
 
 def test_empty_inputs(here):

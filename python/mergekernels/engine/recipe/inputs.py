@@ -72,7 +72,10 @@ class Inputs:
             )
         if looks_like_hub(path):
             return snapshot(path, revision)
-        siblings = [p.name for p in Path(path).parent.iterdir()] if Path(path).parent.is_dir() else []
+        try:
+            siblings = os.listdir(Path(path).parent)
+        except (OSError, ValueError):
+            siblings = []
         raise InputError(
             f"model '{path}' does not exist",
             code="model.missing",
@@ -81,9 +84,12 @@ class Inputs:
         )
 
     def _local(self, path: str) -> Path | None:
-        for candidate in (Path(path).expanduser(), self.document.folder / path):
-            if candidate.exists():
-                return candidate
+        for candidate in (Path(os.path.expanduser(path)), self.document.folder / path):
+            try:
+                if candidate.exists():
+                    return candidate
+            except (OSError, ValueError):
+                continue
         return None
 
 

@@ -16,12 +16,12 @@ __all__ = ["Output", "Tying", "depth", "expand", "find_tying"]
 class Output:
     """One output tensor. tensors : its name in each source of `slice`, None where that source lacks it.
 
-    t : position in the slice's gradients, 0 outside the stack.
+    t : position in the slice's gradients, None outside the stack.
     """
 
     name: str
     slice: Slice
-    t: float
+    t: float | None
     tensors: tuple[str | None, ...]
 
 
@@ -123,5 +123,5 @@ def _outside(
                     here = tying.embedding
             tensors.append(here)
         else:
-            found.append(Output(name, slice_, 0.0, tuple(tensors)))
+            found.append(Output(name, slice_, None, tuple(tensors)))
     return found

@@ -13,6 +13,7 @@ from ...methods.protocol import Method
 from ...tensors import dtype_of
 from ..resolved import ResolvedMerge
 from .assemble import Assembler
+from .chat import NAMED, chat_template, commonest
 from .config import output_config
 from .inputs import Inputs
 from .load import Recipe
@@ -235,36 +236,44 @@ class _Resolution:
                     )
 
     def _chat_template(self) -> str | None:
-        """The template's text: as given, or from the file that is named."""
+        """The template's text: as given, from a file, by name, or the inputs' commonest."""
         text = self.schema.chat_template
-        if text is None or "\n" in text or "{" in text:
-            return text
-        loc = ("chat_template",)
-        if text == "auto":
-            message = "'chat_template: auto' is not supported yet: taking the inputs' commonest template is planned"
-            self.problems.append(self._error(loc, message, code="recipe.planned", expected="a file or Jinja text"))
+        if text is None:
             return None
-        for path in (Path(text), self.document.folder / text):
-            if path.is_file():
-                try:
-                    return path.read_text("utf-8")
-                except (OSError, UnicodeDecodeError) as error:
-                    self.problems.append(self._error(loc, f"cannot read the chat template '{path}': {error}"))
-                    return None
-        message = "not a chat template"
-        self.problems.append(self._error(loc, message, expected="a file or Jinja text", got=repr(text[:60])))
-        return None
+        if text == "auto":
+            found = commonest(self.inputs.checkpoints)
+            if found is None:
+                self.warnings.append("'chat_template: auto': no input has a chat template")
+            return found
+        loc = ("chat_template",)
+        try:
+            found = chat_template(text, (Path(), self.document.folder))
+        except (OSError, UnicodeDecodeError) as error:
+            self.problems.append(self._error(loc, f"cannot read the chat template '{text}': {error}"))
+            return None
+        if found is None:
+            expected = "auto, a file, Jinja text, or one of " + ", ".join(NAMED)
+            hint = nearest(text, NAMED)
+            self.problems.append(
+                self._error(loc, "not a chat template", expected=expected, got=repr(text[:60]), hint=hint)
+            )
+        return found
 
     def _unused(self, shared: dict[str, Setting], slices: list[Slice]) -> None:
-        """Warnings for filters that selected nothing."""
+        """Warnings for filters that selected nothing, and where a gradient decides outside the layer stack."""
         levels = [shared, *(s.settings for s in slices), *(src.settings for s in slices for src in s.sources)]
         for level in levels:
             for name, setting in level.items():
                 for condition in setting.conditions:
+                    where = f"line {condition.line}: " if condition.line is not None else ""
                     if setting.filtered and not condition.used:
-                        where = f"line {condition.line}: " if condition.line is not None else ""
                         what = f"filter '{condition.filter}'" if condition.filter else "the last value"
                         self.warnings.append(f"{where}{what} of parameter '{name}' selects no tensor")
+                    if condition.outside:
+                        self.warnings.append(
+                            f"{where}tensors outside the layer stack, '{condition.outside}' for one, "
+                            f"take the first value of the gradient for '{name}'"
+                        )
 
 
 def _equal(one: Path, two: Path) -> bool:

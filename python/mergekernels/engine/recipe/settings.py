@@ -18,12 +18,16 @@ Loc = tuple[str | int, ...]
 
 @dataclass(eq=False)
 class Condition:
-    """One value with its filter. values : one scalar, or the points of a gradient. used : whether a tensor took it."""
+    """One value with its filter. values : one scalar, or the points of a gradient.
+
+    used : whether a tensor took it. outside : a tensor outside the layer stack that took a gradient's first value.
+    """
 
     filter: str | None
     values: tuple[Any, ...]
     line: int | None
     used: bool = False
+    outside: str = ""
 
     def matches(self, name: str) -> bool:
         """Whether the filter is absent, `*` or a substring of `name`."""
@@ -56,15 +60,20 @@ class Setting:
         return not self.filtered and all(len(c.values) == 1 for c in self.conditions)
 
 
-def find(levels: Iterable[Setting | None], name: str, t: float) -> Any:
-    """The value of the first level that has one for the tensor `name` at `t`; None if none has."""
+def find(levels: Iterable[Setting | None], name: str, t: float | None) -> Any:
+    """The value of the first level that has one for the tensor `name` at `t`; None if none has.
+
+    t : position in the gradients; None outside the layer stack, which counts as 0.
+    """
     for setting in levels:
         if setting is None:
             continue
         for condition in setting.conditions:
             if condition.matches(name):
                 condition.used = True
-                return condition.at(t)
+                if t is None and len(condition.values) > 1:
+                    condition.outside = condition.outside or name
+                return condition.at(t or 0.0)
     return None
 
 
