@@ -29,6 +29,7 @@ from machine import facts, slug
 
 HERE = Path(__file__).resolve().parent
 PEER_OPTIONS = ["--allow-crimes", "--no-copy-tokenizer", "--no-write-model-card", "--quiet"]
+FLOAT32 = "dtype: float32\nout_dtype: bfloat16"
 RECIPES = {
     "ties": "parameters: {weight: 1.0, density: 0.2}",
     "linear": "parameters: {weight: 1.0}",
@@ -85,11 +86,11 @@ def write_floor(target: Path, size: int, repeat: int) -> float:
     return statistics.median(seconds)
 
 
-def write_recipe(path: Path, method: str, base: Path, tuned: list[Path]) -> Path:
+def write_recipe(path: Path, method: str, base: Path, tuned: list[Path], dtypes: str = "dtype: bfloat16") -> Path:
     lines = [f"merge_method: {method}"]
     if method != "linear":
         lines.append(f"base_model: {base}")
-    lines += ["models:", *(f"  - model: {model}" for model in tuned), RECIPES[method], "dtype: bfloat16"]
+    lines += ["models:", *(f"  - model: {model}" for model in tuned), RECIPES[method], dtypes]
     path.write_text("\n".join(lines) + "\n")
     return path
 
@@ -122,6 +123,7 @@ class Bench:
             sys.exit("mergekernels is not installed in this environment")
         self.peer = None if args.peer_env is None else str(Path(args.peer_env).resolve() / "bin" / "mergekit-yaml")
         self.repeat = args.repeat
+        self.float32 = args.float32
         scale = ["--small"] if args.small else []
         checkpoints = self.folder / ("small" if args.small else "full")
         subprocess.run([sys.executable, str(HERE / "checkpoints.py"), str(checkpoints), *scale], check=True)
@@ -167,6 +169,14 @@ class Bench:
             result["mergekit"] = measure([self.peer, str(recipe), str(peer_out), *PEER_OPTIONS], self.out / "log")
             result["against_mergekit"] = compare(self.command, self.out / "ours", peer_out)
             shutil.rmtree(peer_out)
+            if self.float32:
+                wide = write_recipe(self.folder / f"{method}32.yml", method, self.base, self.tuned, FLOAT32)
+                os.sync()
+                result["mergekit_float32"] = measure(
+                    [self.peer, str(wide), str(peer_out), *PEER_OPTIONS], self.out / "log"
+                )
+                result["against_mergekit_float32"] = compare(self.command, self.out / "ours", peer_out)
+                shutil.rmtree(peer_out)
         shutil.rmtree(self.out / "ours")
         return result
 
@@ -203,12 +213,15 @@ def summary(method: str, result: dict[str, Any]) -> str:
     for memory, run in result["mergekernels"].items():
         ratio = f"  {peer['wall_s'] / run['wall_s']:6.1f}x faster than mergekit" if peer else ""
         row(f"mergekernels {memory}", run, ratio)
-    if peer:
-        c = result["against_mergekit"]
-        lines.append(
-            f"  against mergekit's bf16 arithmetic: {c['elements_differing']} elements differ, "
-            f"largest relative error of a tensor {c['largest_relative_error']:.2e}"
-        )
+    if "mergekit_float32" in result:
+        row("mergekit in float32", result["mergekit_float32"])
+    for dtype, key in (("bf16", "against_mergekit"), ("float32", "against_mergekit_float32")):
+        if key in result:
+            c = result[key]
+            lines.append(
+                f"  against mergekit in {dtype}: {c['elements_differing']} elements differ, "
+                f"largest relative error of a tensor {c['largest_relative_error']:.2e}"
+            )
     return "\n".join(lines)
 
 
@@ -219,6 +232,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(".bench"), help="for checkpoints and outputs")
     parser.add_argument(
         "--small", action="store_true", help="checkpoints of 10 MB: shows that it works, measures nothing"
+    )
+    parser.add_argument(
+        "--float32", action="store_true", help="run mergekit in float32 too, the arithmetic that we use"
     )
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
