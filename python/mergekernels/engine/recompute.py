@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import _cpu
 from .._native import torch_dtype, view_of
-from ..errors import InputError, MergeError
+from ..errors import InputError, MergeError, PlanError
 from ..formats.checkpoint import Checkpoint, open_checkpoint
 from ..merging import Call, resolve_scope
 from ..methods import get
@@ -85,8 +85,9 @@ def _merge(manifest: Mapping[str, Any]) -> ResolvedMerge:
     try:
         return resolve(load_recipe(manifest["recipe"], lenient=True), seed=manifest["seed"])
     except MergeError as error:
+        problems = error.problems if isinstance(error, PlanError) else [error]
         raise InputError(
-            f"the inputs of this merge cannot be opened: {error}",
+            f"the inputs of this merge cannot be opened: {'; '.join(map(str, problems))}",
             code="verify.inputs",
             hint="Relative paths in a recipe count from the folder in which the command runs. "
             "Without --recompute no input is needed.",
