@@ -7,6 +7,7 @@ import json
 import os
 import random
 import socket
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekernels.errors import FormatError, InputError, MergeError
-from mergekernels.formats.safetensors import build_header, inspect, layout, parse_header, read_header
+from mergekernels.formats.header import parse_header
+from mergekernels.formats.safetensors import build_header, inspect, layout, read_header
 from mergekernels.tensors import dtype_of
 
 DTYPES = [
@@ -230,23 +232,30 @@ def test_bad_lengths_take_no_memory(length, tmp_path):
     assert peak < 100_000
 
 
-@pytest.mark.parametrize("unit", ["[],", "{}", '"a":{},', "0,", '"",'])
-def test_large_hostile_headers_stop_early(unit, tmp_path):
+@pytest.mark.parametrize("unit", ["[],", "{}", '"a":{},', "0,", '"",', " ", "0 ,", "\\\\", '"'])
+@pytest.mark.parametrize(
+    "start", ['{"a":{"dtype":"F32","shape":[', '{"a":{"dtype":"F32","shape":[1', "{", '{"a', '{"__metadata__":{']
+)
+def test_large_hostile_headers_stop_early(unit, start, tmp_path):
     path = tmp_path / "x"
-    body = b'{"a":{"dtype":"F32","shape":[' + unit.encode() * (8_000_000 // len(unit))
+    body = start.encode() + unit.encode() * (2_000_000 // len(unit))
     path.write_bytes(file_bytes(body))
+    begin = time.process_time()
+    with pytest.raises(FormatError):
+        inspect(path)
+    assert time.process_time() - begin < 1
     tracemalloc.start()
     with pytest.raises(FormatError):
         inspect(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 5 * len(body)
+    assert peak < 6 * len(body)
 
 
 def test_many_tensors():
-    entries = layout((f"model.layers.{i}.weight", dtype_of("BF16"), (2, 3)) for i in range(50_000))
+    entries = layout((f"model.layers.{i}.weight", dtype_of("BF16"), (2, 3)) for i in range(20_000))
     raw = build_header(entries)
-    assert parse_header(raw[8:], 50_000 * 12)[1] == entries
+    assert parse_header(raw[8:], 20_000 * 12)[1] == entries
 
 
 def test_only_regular_files(tmp_path):
@@ -319,7 +328,7 @@ def size(dtype, shape):
     return n
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(TENSORS, st.sampled_from([None, {}, {"format": "pt"}, {"é\n": '"\\\x7f'}]))
 def test_writes_what_the_reference_writes(tensors, metadata):
     entries = layout((n, dtype_of(t), tuple(s)) for n, (t, s, _) in tensors.items())
@@ -374,7 +383,7 @@ def test_differential_fuzzing():
         b"\0",
     ]
     accepted = 0
-    for _ in range(40_000):
+    for _ in range(20_000):
         blob = bytearray(rng.choice(seeds))
         n = int.from_bytes(blob[:8], "little")
         header, data = blob[8 : 8 + n], blob[8 + n :]
@@ -395,10 +404,10 @@ def test_differential_fuzzing():
                 data = data[: rng.randrange(len(data) + 1)] if rng.random() < 0.5 else data + b"x"
         length = len(header) if rng.random() < 0.95 else rng.randrange(2 * len(header) + 2)
         accepted += assert_not_laxer(length.to_bytes(8, "little") + bytes(header) + bytes(data))
-    assert accepted > 500
+    assert accepted > 250
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.recursive(
         st.none() | st.integers() | st.floats() | st.text(max_size=3),

@@ -8,8 +8,8 @@ from pathlib import Path
 from ...errors import InputError, MergeError, PlanError, RecipeError
 from ...formats.checkpoint import Checkpoint, open_checkpoint
 from ...formats.hub import looks_like_hub, snapshot
-from .schema import PLANNED, Reference, nearest
 from .source import Document
+from .values import PLANNED, Reference, nearest
 
 __all__ = ["Inputs"]
 

@@ -19,9 +19,9 @@ from .inputs import Inputs
 from .load import Recipe
 from .mapping import depth, expand, find_tying
 from .names import Stack, find_stack
-from .schema import Reference, nearest
 from .settings import Setting
 from .slices import Slice, SliceBuilder
+from .values import Reference, nearest
 
 __all__ = ["resolve"]
 

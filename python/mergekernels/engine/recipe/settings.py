@@ -10,6 +10,7 @@ from typing import Any
 from ...errors import MergeError, RecipeError
 from ...methods.protocol import REQUIRED, MethodInfo, Param
 from .source import Document
+from .values import nearest
 
 __all__ = ["Condition", "Setting", "compile_level", "default_of", "find"]
 
@@ -98,8 +99,6 @@ def compile_level(
 
     What is wrong is appended to `problems` (unknown names to `warnings` if `lenient`).
     """
-    from .schema import nearest
-
     result: dict[str, Setting] = {}
     params = {p.name: p for p in info.params}
     for name, value in (parameters or {}).items():

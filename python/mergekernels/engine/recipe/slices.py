@@ -9,9 +9,10 @@ from ...errors import MergeError, RecipeError
 from ...methods.protocol import MethodInfo
 from .inputs import Inputs
 from .names import Stack
-from .schema import RecipeSchema, Reference, SliceEntry
+from .schema import RecipeSchema, SliceEntry
 from .settings import Setting, compile_level
 from .source import Document
+from .values import Reference
 
 __all__ = ["Slice", "SliceBuilder", "SliceSource"]
 

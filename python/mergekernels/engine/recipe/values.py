@@ -1,0 +1,149 @@
+"""The checks of single values in a recipe, and the keys that are refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from ...tensors import FLOAT_DTYPES
+
+__all__ = [
+    "A_WRONG_VALUE",
+    "PLANNED",
+    "Loc",
+    "Reference",
+    "Wrong",
+    "dtype",
+    "layer_range",
+    "layers",
+    "mapping",
+    "nan",
+    "nearest",
+    "reference",
+    "seed",
+    "string",
+]
+
+Loc = tuple[str | int, ...]
+
+PLANNED = {
+    "tokenizer": "building a vocabulary (`tokenizer:`) is planned with row-wise gathers of embeddings; "
+    "use tokenizer_source: base or a model, which copies that tokenizer",
+    "modules": "recipes for models of several modules are planned; use models: or slices: for the whole checkpoint",
+    "residual_weight": "mergekit reads residual_weight and never uses it; remove it",
+    "name": "named results of recipes with several documents are planned; run one recipe per document",
+    "then": "modifiers of the merged task vector are planned",
+    "output": "adapters as results are planned; the result is a full checkpoint",
+    "lora": "adapters as inputs (model+adapter) are planned; merge the adapter into its model first",
+    "override_architecture": "there is no table of architectures here; remove it",
+}
+"""Keys of the language that this version refuses by name."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model as a recipe names it. exact : `path` came as a mapping, and `@` and `+` in it mean nothing."""
+
+    path: str
+    revision: str | None = None
+    exact: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.path}@{self.revision}" if self.revision else self.path
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """A hint with the known name most like `name`, if there is one."""
+    near = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"Did you mean '{near[0]}'?" if near else None
+
+
+class Wrong(Exception):
+    """A value that is not usable."""
+
+    def __init__(self, message: str, expected: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.expected = expected
+        self.hint = hint
+
+
+A_WRONG_VALUE = "has a wrong value"
+
+
+def string(value: Any, loc: Loc) -> str:
+    """A string."""
+    if not isinstance(value, str):
+        raise Wrong(A_WRONG_VALUE, "a string")
+    return value
+
+
+def mapping(value: Any, loc: Loc) -> dict[str, Any]:
+    """A mapping."""
+    if not isinstance(value, dict):
+        raise Wrong(A_WRONG_VALUE, "a mapping")
+    return value
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def seed(value: Any, loc: Loc) -> int:
+    """An unsigned integer of 64 bits."""
+    if not _is_integer(value) or not 0 <= value < 2**64:
+        raise Wrong(A_WRONG_VALUE, f"an integer from 0 to {2**64 - 1}")
+    return int(value)
+
+
+def nan(value: Any, loc: Loc) -> str:
+    """The policy for NaN and infinity."""
+    if value not in ("error", "propagate"):
+        raise Wrong(A_WRONG_VALUE, "'error' or 'propagate'")
+    return str(value)
+
+
+def layer_range(value: Any, loc: Loc) -> tuple[int, int]:
+    """[first, end]."""
+    if isinstance(value, list) and len(value) == 2 and all(_is_integer(v) for v in value):
+        first, end = value
+        if 0 <= first < end:
+            return first, end
+    raise Wrong(A_WRONG_VALUE, "[first, end], two integers with 0 <= first < end")
+
+
+def dtype(value: Any, loc: Loc) -> str:
+    """Torch's name of a floating dtype."""
+    names = [d.torch for d in FLOAT_DTYPES]
+    if value in names:
+        return str(value)
+    text = value if isinstance(value, str) else ""
+    integer = text.startswith(("int", "uint"))
+    hint = "Integer arithmetic would round every weight" if integer else nearest(text, names)
+    raise Wrong("not a dtype that a merge can have", "one of " + ", ".join(names), hint)
+
+
+def layers(value: Any, loc: Loc) -> str:
+    """A pattern with one `*`."""
+    if not isinstance(value, str) or value.count("*") != 1 or "*" not in value.split("."):
+        raise Wrong("not a pattern of a layer stack", "dotted names with one * for the number, such as model.layers.*")
+    return value
+
+
+def reference(value: Any, loc: Loc) -> Reference:
+    """A reference from a string or from a mapping with path and revision, also under `model`."""
+    if isinstance(value, str) and value.strip():
+        return Reference(value)
+    if isinstance(value, dict):
+        for key in value:
+            if key in ("lora", "override_architecture") and value[key] is not None:
+                raise Wrong(f"'{key}' is not supported: {PLANNED[key]}")
+            if key not in ("model", "path", "revision", "lora", "override_architecture"):
+                raise Wrong(f"unknown key '{key}'", hint=nearest(str(key), ("model", "path", "revision")))
+        if "model" in value and "path" not in value and "revision" not in value:
+            return reference(value["model"], loc)
+        path, revision = value.get("path"), value.get("revision")
+        if "model" not in value and isinstance(path, str) and path and isinstance(revision, (str, type(None))):
+            return Reference(path, revision, exact=True)
+    raise Wrong("not a model reference", "a path, org/name, org/name@revision or {path: ..., revision: ...}")
