@@ -50,7 +50,8 @@ struct KeepPoint {
 
 // Whether an element whose key equals tau is kept under "hash": (word, g) <= (keep.word, keep.index).
 MK_HD bool hash_tie_kept(std::uint32_t word, std::int64_t g, std::uint32_t keep_word, std::int64_t keep_index) {
-  return word < keep_word || (word == keep_word && g <= keep_index);
+  // Without branches: half of the words are below any bound that matters.
+  return bool(int(word < keep_word) | (int(word == keep_word) & int(g <= keep_index)));
 }
 
 // The exclusive bound on keys: kept without looking at ties iff key > bound (as signed numbers). "all" lowers tau by one.

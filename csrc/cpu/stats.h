@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -44,7 +45,8 @@ class SweepStats {
                                                    const std::vector<std::uint32_t>& tensor_ids) const;
   NonFinite nonfinite(int source) const;
 
-  void add(int model, std::int64_t before, const Entry* entries, std::int64_t n);
+  // `trusted`: the entries are known to lie inside the interval.
+  void add(int model, std::int64_t before, const Entry* entries, std::int64_t n, bool trusted = false);
   // kNumBins counts of entries that are not handed over.
   void add_histogram(int model, std::int64_t before, const std::int64_t* bins);
   void add_nonfinite(int source, std::int64_t first, std::int64_t count);
@@ -56,12 +58,12 @@ class SweepStats {
   struct Model {
     Interval interval;
     std::int64_t before = 0, inside = 0;
-    std::vector<Entry> entries;              // until they overflow
-    std::vector<std::int64_t> bins;          // then
+    std::deque<Entry> entries;      // until they overflow; grows without moving
+    std::vector<std::int64_t> bins;  // then
   };
 
   const Model& at(int model) const;
-  std::vector<Entry> entries_of(int model) const;  // throws if they overflowed
+  const std::deque<Entry>& entries_of(int model) const;  // throws if they overflowed; needs the lock
   void add_locked(Model* model, std::int64_t before, const Entry* entries, std::int64_t n);
   static void spill(Model* model);
 

@@ -11,7 +11,9 @@ namespace mergekernels {
 namespace {
 
 constexpr std::int64_t kGather = kCanonicalBlock;
+// Entries that a thread holds for a model before they go to the statistics, and the room for a block more.
 constexpr std::int64_t kLocalEntries = 2048;
+constexpr std::int64_t kRoom = kLocalEntries + 2 * kBlock;
 
 struct Call {
   SweepStats* stats;
@@ -33,38 +35,48 @@ struct Worker {
   std::vector<std::uint32_t> words;
 };
 
+template <class Key>
+void take_keys(const Found& found, const std::int64_t* g, std::int64_t offset, Entry* entries) {
+  const Key* keys = static_cast<const Key*>(found.keys);
+  for (std::int64_t i = 0; i < found.size; ++i) entries[i] = {keys[i], static_cast<std::uint64_t>(g[i] + offset)};
+}
+
 // Hands what a run has found for a model to the statistics.
 void flush(SweepArgs* args, int m) {
   Worker& worker = *static_cast<Worker*>(args->context);
   const Call& call = *worker.call;
   const SweepModel& model = args->models[m];
   Found& found = args->found[m];
-  const auto n = static_cast<std::size_t>(found.size);
-  worker.g.resize(n);
-  for (std::size_t i = 0; i < n; ++i) worker.g[i] = flat_index(args->piece, args->first + found.where[i]);
-  worker.entries.clear();
-  std::int64_t before = 0;
+  Entry* const entries = worker.entries.data();
+  std::int64_t* const g = worker.g.data();
+  const std::int64_t n = found.size;
+  if (args->piece.rows <= 1 || args->piece.ld == args->piece.cols) {
+    for (std::int64_t i = 0; i < n; ++i) g[i] = args->piece.g0 + args->first + found.where[i];
+  } else {
+    for (std::int64_t i = 0; i < n; ++i) g[i] = flat_index(args->piece, args->first + found.where[i]);
+  }
+  std::int64_t before = 0, inside = 0;
   if (model.stage == kStageKey) {
-    for (std::size_t i = 0; i < n; ++i) {
-      const std::uint64_t key = call.compute == kF64 ? static_cast<const std::uint64_t*>(found.keys)[i]
-                                                     : static_cast<const std::uint32_t*>(found.keys)[i];
-      worker.entries.push_back({key, static_cast<std::uint64_t>(worker.g[i] + call.offset)});
+    inside = n;
+    if (call.compute == kF64) {
+      take_keys<std::uint64_t>(found, g, call.offset, entries);
+    } else {
+      take_keys<std::uint32_t>(found, g, call.offset, entries);
     }
   } else {
     const bool hash = call.stats->order() == 0;
-    worker.words.resize(n);
     if (hash)
-      call.kernels.philox(call.seed, call.tensor, philox_stream(m, kPurposeTie), worker.g.data(), found.size,
-                          worker.words.data());
-    for (std::size_t i = 0; i < n; ++i) {
-      const auto index = static_cast<std::uint64_t>(worker.g[i] + call.offset);
-      const std::uint64_t ordinal = hash ? worker.words[i] : index;
+      call.kernels.philox(call.seed, call.tensor, philox_stream(m, kPurposeTie), g, n, worker.words.data());
+    for (std::int64_t i = 0; i < n; ++i) {
+      const auto index = static_cast<std::uint64_t>(g[i] + call.offset);
+      const std::uint64_t ordinal = hash ? worker.words[static_cast<std::size_t>(i)] : index;
       before += ordinal < model.lo;
-      if (ordinal >= model.lo && ordinal <= model.hi) worker.entries.push_back({ordinal, index});
+      entries[inside] = {ordinal, index};
+      inside += int(ordinal >= model.lo) & int(ordinal <= model.hi);
     }
   }
   found.size = 0;
-  call.stats->add(m, before, worker.entries.data(), static_cast<std::int64_t>(worker.entries.size()));
+  call.stats->add(m, before, entries, inside, true);
 }
 
 void sweep_range(const Call& call, std::int64_t begin, std::int64_t end) {
@@ -76,7 +88,7 @@ void sweep_range(const Call& call, std::int64_t begin, std::int64_t end) {
   args.compute = call.compute;
   args.capacity = kLocalEntries;
   args.flush = &flush;
-  Worker worker{&call, {}, {}, {}};
+  Worker worker{&call, std::vector<Entry>(kRoom), std::vector<std::int64_t>(kRoom), std::vector<std::uint32_t>(kRoom)};
   args.context = &worker;
   args.nonfinite[num_models] = NonFinite{-1, 0};
 
@@ -102,13 +114,12 @@ void sweep_range(const Call& call, std::int64_t begin, std::int64_t end) {
   // `where` counts inside a run in 32 bits.
   const std::int64_t run = dense ? std::min<std::int64_t>(end - begin, std::int64_t(1) << 30) : kGather;
   const std::int64_t buffer = dense ? 0 : kGather * 8;
-  const std::int64_t room = kLocalEntries + 2 * kBlock;
-  const Scratch scratch(sweep_scratch_bytes + active * room * 12 + buffer * (num_models + 1));
+  const Scratch scratch(sweep_scratch_bytes + active * kRoom * 12 + buffer * (num_models + 1));
   char* free = scratch.data() + sweep_scratch_bytes;
   for (int m = 0; m < num_models; ++m) {
     if (args.models[m].stage == kStageOut) continue;
-    args.found[m] = Found{free, reinterpret_cast<std::uint32_t*>(free + room * 8), 0};
-    free += room * 12;
+    args.found[m] = Found{free, reinterpret_cast<std::uint32_t*>(free + kRoom * 8), 0};
+    free += kRoom * 12;
   }
   args.scratch = scratch.data();
   const auto source = [&](const View& view, const Reader& reader, int slot) {

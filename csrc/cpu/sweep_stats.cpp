@@ -67,7 +67,7 @@ void SweepStats::spill(Model* model) {
   if (model->bins.empty()) model->bins.assign(kNumBins, 0);
   const int shift = bin_shift(model->interval.lo, model->interval.hi);
   for (const Entry& e : model->entries) ++model->bins[(e.ordinal - model->interval.lo) >> shift];
-  std::vector<Entry>().swap(model->entries);
+  std::deque<Entry>().swap(model->entries);
 }
 
 std::vector<std::int64_t> SweepStats::histogram(int model) const {
@@ -77,8 +77,7 @@ std::vector<std::int64_t> SweepStats::histogram(int model) const {
   return copy.bins;
 }
 
-std::vector<Entry> SweepStats::entries_of(int model) const {
-  const std::lock_guard<std::mutex> lock(mutex_);
+const std::deque<Entry>& SweepStats::entries_of(int model) const {
   const Model& m = at(model);
   if (!m.bins.empty()) throw std::invalid_argument("the entries of this model overflowed: only their histogram is left");
   return m.entries;
@@ -86,9 +85,13 @@ std::vector<Entry> SweepStats::entries_of(int model) const {
 
 std::vector<std::uint64_t> SweepStats::order_statistics(int model, const std::vector<std::int64_t>& ranks) const {
   const bool descending = at(model).interval.stage == kStageKey;
-  std::vector<Entry> entries = entries_of(model);
-  std::vector<std::uint64_t> ordinals(entries.size());
-  for (std::size_t i = 0; i < entries.size(); ++i) ordinals[i] = entries[i].ordinal;
+  std::vector<std::uint64_t> ordinals;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::deque<Entry>& entries = entries_of(model);
+    ordinals.reserve(entries.size());
+    for (const Entry& e : entries) ordinals.push_back(e.ordinal);
+  }
   std::vector<std::uint64_t> result;
   for (const std::int64_t rank : ranks) {
     if (rank < 1 || rank > static_cast<std::int64_t>(ordinals.size()))
@@ -106,15 +109,14 @@ std::vector<std::uint64_t> SweepStats::order_statistics(int model, const std::ve
 
 std::pair<std::int64_t, std::int64_t> SweepStats::count_ordinal(int model, std::uint64_t ordinal) const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const Model& m = at(model);
-  if (!m.bins.empty()) throw std::invalid_argument("the entries of this model overflowed: only their histogram is left");
+  const std::deque<Entry>& entries = entries_of(model);
   std::int64_t above = 0, below = 0;
-  for (const Entry& e : m.entries) {
+  for (const Entry& e : entries) {
     above += e.ordinal > ordinal;
     below += e.ordinal < ordinal;
   }
-  const std::int64_t equal = static_cast<std::int64_t>(m.entries.size()) - above - below;
-  return {m.interval.stage == kStageKey ? above : below, equal};
+  const std::int64_t equal = static_cast<std::int64_t>(entries.size()) - above - below;
+  return {at(model).interval.stage == kStageKey ? above : below, equal};
 }
 
 std::pair<std::uint32_t, std::int64_t> SweepStats::tie_point(int model, std::int64_t rank, std::uint64_t tau, int order,
@@ -124,10 +126,11 @@ std::pair<std::uint32_t, std::int64_t> SweepStats::tie_point(int model, std::int
   if (offsets.empty() || offsets.size() != tensor_ids.size())
     throw std::invalid_argument("a tie needs one offset and one tensor id for each tensor of the scope");
   const Interval interval = at(model).interval;
-  std::vector<Entry> entries = entries_of(model);
-  if (interval.stage == kStageKey) {
-    const auto other = [tau](const Entry& e) { return e.ordinal != tau; };
-    entries.erase(std::remove_if(entries.begin(), entries.end(), other), entries.end());
+  std::vector<Entry> entries;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const Entry& e : entries_of(model))
+      if (interval.stage == kStageTie || e.ordinal == tau) entries.push_back(e);
   }
   const bool hash = order == 0;
   const bool has_words = interval.stage == kStageTie && order_ == 0;
@@ -169,9 +172,9 @@ void SweepStats::add_locked(Model* model, std::int64_t before, const Entry* entr
   for (std::int64_t i = 0; i < n; ++i) ++model->bins[(entries[i].ordinal - model->interval.lo) >> shift];
 }
 
-void SweepStats::add(int model, std::int64_t before, const Entry* entries, std::int64_t n) {
+void SweepStats::add(int model, std::int64_t before, const Entry* entries, std::int64_t n, bool trusted) {
   const Interval& interval = at(model).interval;
-  for (std::int64_t i = 0; i < n; ++i)
+  for (std::int64_t i = 0; !trusted && i < n; ++i)
     if (entries[i].ordinal < interval.lo || entries[i].ordinal > interval.hi)
       throw std::invalid_argument("an entry lies outside the interval of its model");
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -209,7 +212,8 @@ void SweepStats::merge(const SweepStats& other) {
     const Model& from = other.models_[m];
     Model& into = models_[m];
     if (from.bins.empty()) {
-      add_locked(&into, from.before, from.entries.data(), static_cast<std::int64_t>(from.entries.size()));
+      const std::vector<Entry> entries(from.entries.begin(), from.entries.end());
+      add_locked(&into, from.before, entries.data(), static_cast<std::int64_t>(entries.size()));
       continue;
     }
     spill(&into);
