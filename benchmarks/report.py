@@ -1,16 +1,19 @@
-"""Prints the tables of the README and of docs/performance.md from results/*.json.
+"""Makes the tables of docs/performance.md and of the README from results/*.json.
 
-usage: python report.py [results/<machine>.json ...]
+usage: python report.py [--into PAGE] [results/<machine>.json ...]
+
+Without --into the tables are printed; with it they replace what stands between the lines MARKS of a Markdown page.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+MARKS = ("<!-- results: made by benchmarks/report.py -->", "<!-- end of results -->")
 
 
 def _header(section: dict[str, Any]) -> str:
@@ -40,14 +43,32 @@ def merge_table(section: dict[str, Any]) -> list[str]:
                 f"| | mergekit 0.1.5 | {peer['wall_s']:.1f} | {peer['cpu_s']:.1f} | {peer['peak_rss_mb']:.0f} "
                 f"| {peer['wall_s'] / floor:.1f} | 1 |"
             )
+        wide = result.get("mergekit_float32")
+        if wide:
+            lines.append(
+                f"| | mergekit 0.1.5 in float32 | {wide['wall_s']:.1f} | {wide['cpu_s']:.1f} "
+                f"| {wide['peak_rss_mb']:.0f} | {wide['wall_s'] / floor:.1f} | |"
+            )
         for memory, run in result["mergekernels"].items():
             ratio = f"{peer['wall_s'] / run['wall_s']:.1f}x" if peer else ""
             lines.append(
                 f"| | mergekernels --memory {memory} | {run['wall_s']:.2f} | {run['cpu_s']:.2f} "
                 f"| {run['peak_rss_mb']:.0f} | {run['wall_s'] / floor:.2f} | {ratio} |"
             )
+    outputs = []
+    for method, result in section["recipes"].items():
+        for dtype, key in (("bfloat16", "against_mergekit"), ("float32", "against_mergekit_float32")):
+            if key in result:
+                c, elements = result[key], result["bytes_written"] / 2
+                outputs.append(
+                    f"{method} against mergekit in {dtype} {100 * c['elements_differing'] / elements:.3g} % "
+                    f"(largest relative error of a tensor {c['largest_relative_error']:.1e})"
+                )
     starts = ", ".join(f"`{name}` {run['wall_s']:.2f} s" for name, run in section["start"].items())
-    return [*lines, "", f"Starting alone: {starts}."]
+    lines += ["", f"Starting alone: {starts}."]
+    if outputs:
+        lines += ["", "Elements of the outputs that differ: " + "; ".join(outputs) + "."]
+    return lines
 
 
 def ops_table(section: dict[str, Any]) -> list[str]:
@@ -67,14 +88,31 @@ def ops_table(section: dict[str, Any]) -> list[str]:
     return lines
 
 
-def main() -> None:
-    paths = [Path(p) for p in sys.argv[1:]] or sorted((HERE / "results").glob("*.json"))
-    tables = {"merge": merge_table, "ops": ops_table}
+def tables(paths: list[Path]) -> str:
+    """All tables of all result files."""
+    makers = {"merge": ("Whole merges", merge_table), "ops": ("Ops", ops_table)}
+    parts = []
     for path in paths:
         whole = json.loads(path.read_text())
-        for name, table in tables.items():
+        for name, (title, make) in makers.items():
             if name in whole:
-                print("\n".join(table(whole[name])), end="\n\n")
+                parts.append("\n".join([f"### {title}, {path.stem}", "", *make(whole[name])]))
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="*")
+    parser.add_argument("--into", type=Path, default=None)
+    args = parser.parse_args()
+    text = tables(args.results or sorted((HERE / "results").glob("*.json")))
+    if args.into is None:
+        print(text)
+        return
+    page = args.into.read_text()
+    before, rest = page.split(MARKS[0], 1)
+    after = rest.split(MARKS[1], 1)[1]
+    args.into.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}")
 
 
 if __name__ == "__main__":
