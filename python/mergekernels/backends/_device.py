@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from .._native import to_torch, torch_dtype, view_of
 from ..errors import BackendError
-from ..tensors import BF16, DType, Piece, TensorView
+from ..tensors import BF16, F64, DType, Piece, TensorView
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +72,8 @@ def operands(base: TensorView | None, models: Sequence[TensorView | None], compu
     views = [v for v in [base, *models] if v is not None]
     dtypes = {v.dtype for v in views}
     plain = len(dtypes) == 1 and all(v.cast is None or v.cast is v.dtype for v in views)
+    # Arithmetic in float64 takes float64 inputs, in float32 any other.
+    plain = plain and (F64 in dtypes) == (compute is F64)
 
     def flat(view: TensorView | None) -> torch.Tensor | None:
         if view is None:

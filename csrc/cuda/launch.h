@@ -1,0 +1,30 @@
+// The launches, without a CUDA header: the binding and the host build of the tests see only this.
+#pragma once
+
+#include "cuda/select_group.h"
+#include "cuda/stream_group.h"
+
+namespace mergekernels {
+
+// Where a launch goes: a device number and a stream handle (0 for the default stream). Every function below throws
+// std::runtime_error with the driver's reason if it cannot launch, and does not wait for the result.
+struct Queue {
+  int device;
+  void* stream;
+};
+
+// dtype: of the inputs, a DTypeCode: float64 for C = double, any other for C = float.
+template <class C>
+void launch_stream(const StreamArgs<C>& args, int dtype, const Queue& queue);
+template <class C>
+void launch_block_sums(const NormArgs<C>& args, int dtype, const Queue& queue);
+template <class C>
+void launch_sweep(const SweepArgs& args, int dtype, const Queue& queue);
+
+// Devices that the driver offers, and why there are none ("" if there are).
+int num_devices(char* reason, int size);
+
+// What the module was built with.
+const char* toolkit();
+
+}  // namespace mergekernels

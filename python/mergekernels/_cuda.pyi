@@ -1,0 +1,78 @@
+"""Types of the native CUDA module. Addresses and stream handles are integers; every call launches and does not wait.
+
+Codes of dtypes are those of `mergekernels.tensors`; inputs of float64 are computed in float64, all others in float32.
+A launch that fails raises RuntimeError with the driver's reason.
+"""
+
+# (g0, rows, cols, ld)
+Box = tuple[int, int, int, int]
+# (tau, ties, word, index), ties 0 all, 1 none, 2 hash, 3 index
+Point = tuple[int, int, int, int]
+# (stage, lo, hi, tau), stage 0 left out, 1 key, 2 tie
+Interval = tuple[int, int, int, int]
+# (weights, keep, base, consensus, zero_vote, divisor, divisor_value, scale, copy, seed, tensor), as in _cpu.pyi
+Program = tuple[list[float], list[Point | None], bool, int, int, int, float, float, bool, int, int]
+
+def stream(
+    program: Program,
+    piece: Box,
+    base: int,
+    models: list[int],
+    out: int,
+    dtype: int,
+    out_dtype: int,
+    compute: int,
+    raw: bool,
+    counters: int,
+    slots: int,
+    device: int,
+    queue: int,
+) -> None:
+    """The fused pass over dense arrays of one dtype. base, out, counters : 0 for none.
+
+    raw : a plain copy keeps the bits. counters : int64 [slots, 3 K + 7], see backends._gpu.Launches.
+    """
+
+def block_sums(
+    program: Program,
+    piece: Box,
+    base: int,
+    models: list[int],
+    dtype: int,
+    compute: int,
+    sums: int,
+    device: int,
+    queue: int,
+) -> None:
+    """Sums of squares over canonical blocks: float64 [K, blocks]."""
+
+def sweep(
+    intervals: list[Interval],
+    by_word: bool,
+    piece: Box,
+    base: int,
+    models: list[int],
+    dtype: int,
+    compute: int,
+    seed: int,
+    tensor: int,
+    offset: int,
+    capacity: int,
+    counters: int,
+    ordinals: int,
+    indices: int,
+    bins: int,
+    device: int,
+    queue: int,
+) -> None:
+    """One counting pass. A model that is left out has stage 0 and address 0.
+
+    counters : int64 [4 K + 2]; ordinals, indices : int64 [K, capacity]; bins : int64 [K, 4096] or 0, filled instead of
+    the rest.
+    """
+
+def devices() -> tuple[int, str]:
+    """Devices that the driver offers, and why there are none."""
+
+def build_info() -> dict[str, str]:
+    """What the module was built with: "toolkit"."""

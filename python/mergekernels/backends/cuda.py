@@ -1,0 +1,217 @@
+"""The CUDA C++ backend, for tensors on NVIDIA GPUs: calls into the native module with addresses and the current stream.
+
+Inputs are dense after at most one copy; see `_device.operands`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..errors import BackendError
+from ..ops.program import Program, Sweep
+from ..tensors import DType, Piece, TensorView
+from . import _gpu
+from ._device import Operands, no_gpu, same_device
+
+if TYPE_CHECKING:
+    import torch
+
+    from .._cpu import StreamStats, SweepStats
+
+__all__ = ["launch_block_sums", "launch_stream", "launch_sweep", "stream", "sweep", "why_not"]
+
+_OPS = ("select", "sweep", "stream")
+_TIES = {"all": 0, "none": 1, "hash": 2, "index": 3}
+_CONSENSUS = {"none": 0, "sum": 1}
+_DIVISOR = {"none": 0, "value": 1, "agreeing_weights": 2, "agreeing_count": 3}
+_STAGE = {"key": 1, "tie": 2}
+
+
+def why_not(op: str, views: Sequence[TensorView]) -> str | None:
+    """Why this backend cannot serve these views, None if it can."""
+    if op not in _OPS:
+        return f"it has no kernel for {op}"
+    if importlib.util.find_spec("mergekernels._cuda") is None:
+        return "the native module _cuda is not built (it needs nvcc when the package is built)"
+    for view in views:
+        if not view.dtype.is_float:
+            return f"it has no kernels for {view.dtype}"
+    different = same_device(views)
+    if different is not None:
+        return different
+    for view in views:
+        if not view.device.startswith("cuda"):
+            return f"it computes on an NVIDIA GPU, and a tensor is on {view.device}"
+    return _no_nvidia_gpu()
+
+
+def sweep(
+    request: Sweep,
+    stats: SweepStats,
+    piece: Piece,
+    base: TensorView | None,
+    models: Sequence[TensorView | None],
+    *,
+    compute: DType,
+    tensor: int,
+    offset: int,
+    threads: int,
+) -> None:
+    """See ops.program.Sweep. `threads` has no effect."""
+    _gpu.sweep(
+        sys.modules[__name__], request, stats, piece, base, models, compute=compute, tensor=tensor, offset=offset
+    )
+
+
+def stream(
+    program: Program,
+    piece: Piece,
+    base: TensorView | None,
+    models: Sequence[TensorView],
+    out: TensorView | None,
+    *,
+    compute: DType,
+    stats: StreamStats | None,
+    threads: int,
+) -> None:
+    """See ops.program.Program. `threads` has no effect."""
+    _gpu.stream(sys.modules[__name__], program, piece, base, models, out, compute=compute, stats=stats)
+
+
+def launch_sweep(
+    request: Sweep,
+    inputs: Operands,
+    piece: Piece,
+    compute: DType,
+    tensor: int,
+    offset: int,
+    counters: torch.Tensor,
+    entries: torch.Tensor,
+    bins: torch.Tensor | None,
+) -> None:
+    """See _gpu.Launches."""
+    there = [i if x is not None else None for i, x in zip(request.intervals, inputs.models, strict=True)]
+    with _launching():
+        _native().sweep(
+            [(0, 0, 0, 0) if i is None else (_STAGE[i.stage], i.lo, i.hi, i.tau) for i in there],
+            request.order == "hash",
+            _box(piece),
+            _address(inputs.base),
+            [_address(x) if i is not None else 0 for i, x in zip(there, inputs.models, strict=True)],
+            inputs.dtype.code,
+            compute.code,
+            request.seed,
+            tensor,
+            offset,
+            entries.shape[2],
+            counters.data_ptr(),
+            entries[0].data_ptr(),
+            entries[1].data_ptr(),
+            _address(bins),
+            *_queue(counters),
+        )
+
+
+def launch_block_sums(program: Program, inputs: Operands, piece: Piece, compute: DType, sums: torch.Tensor) -> None:
+    """See _gpu.Launches."""
+    with _launching():
+        _native().block_sums(
+            _program(program, inputs),
+            _box(piece),
+            _address(inputs.base),
+            [_address(x) for x in inputs.models],
+            inputs.dtype.code,
+            compute.code,
+            sums.data_ptr(),
+            *_queue(sums),
+        )
+
+
+def launch_stream(
+    program: Program,
+    inputs: Operands,
+    piece: Piece,
+    compute: DType,
+    out: torch.Tensor | None,
+    out_dtype: DType,
+    counters: torch.Tensor | None,
+    raw: bool,
+) -> None:
+    """See _gpu.Launches."""
+    with _launching():
+        _native().stream(
+            _program(program, inputs),
+            _box(piece),
+            _address(inputs.base),
+            [_address(x) for x in inputs.models],
+            _address(out),
+            inputs.dtype.code,
+            out_dtype.code,
+            compute.code,
+            raw,
+            _address(counters),
+            _gpu.SLOTS,
+            *_queue(inputs.present[0]),
+        )
+
+
+def _native() -> Any:
+    return importlib.import_module("mergekernels._cuda")
+
+
+def _no_nvidia_gpu() -> str | None:
+    import torch
+
+    if torch.version.hip is not None:
+        return "it is for NVIDIA GPUs, and this torch is built for ROCm"
+    reason = no_gpu()
+    if reason is not None:
+        return reason
+    count, why = _native().devices()
+    return None if count else f"the CUDA runtime of the module finds no device: {why}"
+
+
+@contextmanager
+def _launching() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise BackendError(str(error), code="backend.launch", hint="Ask for another backend.") from error
+
+
+def _address(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _box(piece: Piece) -> tuple[int, int, int, int]:
+    return (piece.g0, piece.rows, piece.cols, piece.ld)
+
+
+def _queue(x: torch.Tensor) -> tuple[int, int]:
+    """Device number, and torch's current stream there, so that the order with torch's own work is kept."""
+    import torch
+
+    return (x.get_device(), torch.cuda.current_stream(x.device).cuda_stream)
+
+
+def _program(program: Program, inputs: Operands) -> tuple[Any, ...]:
+    num_models = len(inputs.models)
+    keep = program.keep or (None,) * num_models
+    return (
+        list(program.weights) or [1.0] * num_models,
+        [None if k is None else (k.tau, _TIES[k.ties], k.word, k.index) for k in keep],
+        inputs.base is not None,
+        _CONSENSUS[program.consensus],
+        program.zero_vote,
+        _DIVISOR[program.divisor],
+        program.divisor_value,
+        program.scale,
+        program.copy,
+        program.seed,
+        program.tensor,
+    )

@@ -1,0 +1,90 @@
+"""The device code of the CUDA backend, compiled for the host with its binding, bit for bit against the reference.
+
+What is left for a GPU to show are the kernels' loops over groups, their warp sums and appends, and the launches.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.register_assert_rewrite("gpu_matrix", "gpu_cases")
+
+from gpu_cases import *  # noqa: E402, F403
+from mergekernels.backends import cuda as backend  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def host_module(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    import pybind11
+
+    target = tmp_path_factory.mktemp("cuda_host") / "_cuda.so"
+    subprocess.run(
+        [
+            compiler,
+            *("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden"),
+            *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+            *(f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"),
+            str(ROOT / "csrc/bind_cuda.cpp"),
+            str(ROOT / "tests/cuda_host.cpp"),
+            *("-o", str(target)),
+        ],
+        check=True,
+    )
+    loader = importlib.machinery.ExtensionFileLoader("_cuda", str(target))
+    spec = importlib.util.spec_from_loader("_cuda", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def target(host_module: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, str]:
+    monkeypatch.setattr(backend, "_native", lambda: host_module)
+    monkeypatch.setattr(backend, "_queue", lambda x: (0, 0))
+    return backend, "cpu"
+
+
+def test_backend_says_why_not() -> None:
+    """Replaces the common test: the host build is no backend."""
+    import torch
+
+    from mergekernels._native import view_of
+
+    view = view_of(torch.zeros(4))
+    assert "no kernel for gram" in str(backend.why_not("gram", [view]))
+    if importlib.util.find_spec("mergekernels._cuda") is None:
+        assert "_cuda is not built" in str(backend.why_not("stream", [view]))
+    else:
+        assert "a tensor is on cpu" in str(backend.why_not("stream", [view]))
+        assert "int64" in str(backend.why_not("stream", [view_of(torch.zeros(4, dtype=torch.int64))]))
+        if not torch.cuda.is_available():
+            assert "no GPU" in str(backend.why_not("stream", []))
+
+
+def test_binding_refuses_what_would_crash(host_module: Any) -> None:
+    program = ([1.0], [None], False, 0, 1, 0, 1.0, 1.0, False, 0, 0)
+    with pytest.raises(ValueError, match="11 fields"):
+        host_module.stream(program[:5], (0, 1, 1, 1), 0, [64], 0, 2, 2, 2, False, 0, 1, 0, 0)
+    with pytest.raises(ValueError, match="1 to 64 models"):
+        host_module.stream(program, (0, 1, 1, 1), 0, [64] * 65, 0, 2, 2, 2, False, 0, 1, 0, 0)
+    with pytest.raises(ValueError, match="no dtype code"):
+        host_module.stream(program, (0, 1, 1, 1), 0, [64], 0, 4, 2, 2, False, 0, 1, 0, 0)
+    with pytest.raises(ValueError, match="float64 inputs are computed in float64"):
+        host_module.stream(program, (0, 1, 1, 1), 0, [64], 0, 3, 2, 2, False, 0, 1, 0, 0)
+    with pytest.raises(ValueError, match="left out"):
+        host_module.sweep([(1, 1, 2, 0)], True, (0, 1, 1, 1), 0, [0], 2, 2, 0, 0, 0, 1, 64, 64, 64, 0, 0, 0)
