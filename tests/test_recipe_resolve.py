@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 
@@ -309,6 +310,30 @@ def test_depth_stack(here):
     assert merge.config == {"torch_dtype": "bfloat16", "num_hidden_layers": 5}
 
 
+def test_random_depth_stacks(here):
+    """Every layer of every slice comes out once, in order, under the next number."""
+    rng = random.Random(11)
+    suffixes = [n.removeprefix("model.layers.0.") for n in llama_shapes(1) if "layers" in n]
+    for _ in range(40):
+        ranges = []
+        for _ in range(rng.randrange(1, 6)):
+            first = rng.randrange(3)
+            ranges.append((rng.choice("ab"), first, rng.randrange(first + 1, 4)))
+        slices = [{"sources": [{"model": m, "layer_range": [i, j]}]} for m, i, j in ranges]
+        merge = resolve(load_recipe({"merge_method": "passthrough", "slices": slices}))
+        layers = [(m, n) for m, i, j in ranges for n in range(i, j)]
+        expected = {
+            f"model.layers.{at}.{s}": [(m, f"model.layers.{n}.{s}")]
+            for at, (m, n) in enumerate(layers)
+            for s in suffixes
+        }
+        expected["model.embed_tokens.weight"] = [(ranges[0][0], "model.embed_tokens.weight")]
+        for name in ("model.norm.weight", "lm_head.weight"):
+            expected[name] = [(ranges[-1][0], name)]
+        assert sources(merge) == expected
+        assert merge.config.get("num_hidden_layers", 3) == len(layers)
+
+
 def test_slices_of_merged_layers(here):
     text = """
 merge_method: task_arithmetic
@@ -553,6 +578,12 @@ def test_a_stored_head_that_the_config_ties(here):
     assert HEAD not in by_name(merge)
     assert dict(merge.aliases) == {HEAD: EMBEDDING}
     assert merge.warnings == (f"a: '{HEAD}' is stored, but the config ties it to '{EMBEDDING}', which is used",)
+
+
+def test_no_head_and_no_embedding_that_could_be_one(here):
+    save(here / "a", {"shared.weight": (5, 3), "output.weight": (2, 5)}, config=None)
+    save(here / "b", {"shared.weight": (5, 3)}, config=None)
+    assert problems_of(LINEAR) == ["b: 1 tensor missing that other inputs have: 'output.weight'"]
 
 
 def test_untied(here):

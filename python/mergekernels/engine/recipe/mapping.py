@@ -53,13 +53,14 @@ def find_tying(slices: Sequence[Slice], inputs: Sequence[Checkpoint], warnings: 
     head, embedding = find_head_and_embedding(dict.fromkeys(name for i in used for name in inputs[i].tensors))
     if head is None or embedding is None:
         return None
+    width = next(inputs[i].tensors[head].shape[1:] for i in used if head in inputs[i].tensors)
     tied: set[int] = set()
     for i in used:
         tensors = inputs[i].tensors
         if embedding not in tensors:
             continue
         says_tied = config_flag(inputs[i].config, "tie_word_embeddings") is True
-        if head not in tensors or says_tied:
+        if says_tied or (head not in tensors and tensors[embedding].shape[1:] == width):
             tied.add(i)
         if head in tensors and says_tied:
             warnings.append(
