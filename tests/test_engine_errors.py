@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 
-import engine_cases as cases
 import pytest
 import torch
 
+import engine_cases as cases
 from mergekernels.engine import run as engine
 from mergekernels.engine.memory import parse_size
 from mergekernels.errors import ArgumentError, DataError, InputError, MergeError, OutputError, PlanError
@@ -72,9 +73,7 @@ def test_propagate_goes_on_and_warns(tmp_path: Path) -> None:
     make(root, {"tuned1": {MLP: poisoned(MLP, 9, float("nan"), 1)}})
     path = cases.recipe(root, "ties", **cases.TIES, nan="propagate")
     report = cases.run_of(path, tmp_path / "out")
-    assert report.warnings == (
-        f"tensor '{MLP}': 1 values of the output are NaN or Inf, the first at flat index 9",
-    )
+    assert report.warnings == (f"tensor '{MLP}': 1 values of the output are NaN or Inf, the first at flat index 9",)
     assert json.loads((tmp_path / "out" / "merge_manifest.json").read_bytes())["warnings"] == list(report.warnings)
 
 
@@ -83,7 +82,7 @@ def test_unequal_integer_buffers(tmp_path: Path) -> None:
     other = torch.arange(100) + (torch.arange(100) == 99)
     make(root, {"tuned3": {"model.position_ids": other}})
     path = cases.recipe(root, "linear", parameters={"weight": 1.0})
-    with pytest.raises(DataError, match="tuned3 and .*tuned1 differ, and there is no base to decide"):
+    with pytest.raises(DataError, match=r"tuned3 and .*tuned1 differ, and there is no base to decide"):
         cases.run_of(path, tmp_path / "out")
     report = cases.run_of(cases.recipe(root, "ties", **cases.TIES), tmp_path / "out2", threads=3)
     assert report.warnings[-1] == "tensor 'model.position_ids': values differ between the inputs; the base's are taken"
@@ -144,7 +143,7 @@ def test_an_existing_output_needs_overwrite(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("x")
-    with pytest.raises(OutputError, match="exists and is not the result of this plan.*--overwrite"):
+    with pytest.raises(OutputError, match=r"exists and is not the result of this plan.*--overwrite"):
         cases.run_of(root / "linear.yml", out)
     assert (out / "precious").read_text() == "x"
     cases.run_of(root / "linear.yml", out, overwrite=True)
@@ -209,7 +208,7 @@ def test_progress_adds_up(root: Path, tmp_path: Path) -> None:
     events: list[engine.Progress] = []
     engine.run(root / "ties.yml", tmp_path / "out", progress=events.append)
     merge = [e for e in events if e.phase == "merge"]
-    assert all(0 <= a.done <= b.done <= b.total for a, b in zip(merge, merge[1:], strict=False))
+    assert all(0 <= a.done <= b.done <= b.total for a, b in pairwise(merge))
     assert merge[-1].done == merge[-1].total > 0
     assert events[-1].phase == "publish"
 

@@ -1,4 +1,6 @@
-"""The engine against the in-memory calls, and the same bytes whatever the threads, memory, tiles, shards and backend."""
+"""The engine against the in-memory calls, and the same bytes whatever the threads, memory, tiles, shards and
+backend.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +8,12 @@ import hashlib
 import json
 from pathlib import Path
 
-import engine_cases as cases
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import engine_cases as cases
 import mergekernels as mk
 from mergekernels.engine.digests import checkpoint_sha256
 from mergekernels.engine.manifest import manifest_digest

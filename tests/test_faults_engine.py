@@ -1,4 +1,6 @@
-"""Every file operation of a merge fails once: OUT is absent or complete, the error is ours, and the rerun gives the same bytes."""
+"""Every file operation of a merge fails once: OUT is absent or complete, the error is ours, and the rerun gives the
+same bytes.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,11 @@ import sys
 import time
 from pathlib import Path
 
-import engine_cases as cases
 import pytest
 import torch
-from engine_cases import EINTR, EIO, ENOSPC, FaultyIo
 
+import engine_cases as cases
+from engine_cases import EINTR, EIO, ENOSPC, FaultyIo
 from mergekernels.errors import InputError, MergeError, OutputError
 
 SMALL = {"model.a.weight": (100, 50), "model.b.weight": (70, 90), "model.c.weight": (9,)}
@@ -196,11 +198,13 @@ def test_an_input_that_changes_after_the_plan(root: Path, tmp_path: Path) -> Non
     file = family / "tuned2" / "model.safetensors"
     plan = cases.plan_of(path, tmp_path / "out")
     os.utime(file, ns=(1, 1))
-    with pytest.raises(InputError, match=r"tuned2/model.safetensors: the input was changed after the merge was planned"):
+    with pytest.raises(
+        InputError, match=r"tuned2/model.safetensors: the input was changed after the merge was planned"
+    ):
         cases.execute(plan, overwrite=False, progress=None, io=FaultyIo(-1, EIO), start=0.0)
     plan = cases.plan_of(path, tmp_path / "out")
     os.truncate(file, file.stat().st_size - 10)
-    with pytest.raises(InputError, match="expected size .* got size"):
+    with pytest.raises(InputError, match=r"expected size .* got size"):
         cases.execute(plan, overwrite=False, progress=None, io=FaultyIo(-1, EIO), start=0.0)
     file.unlink()
     with pytest.raises(InputError, match="the input cannot be opened: No such file"):
@@ -246,7 +250,8 @@ def test_a_second_process_is_refused_while_the_first_works(root: Path, tmp_path:
     out = tmp_path / "out"
     options = {"threads": 1}
     with subprocess.Popen(
-        [sys.executable, "-c", _HOLD, str(root / "ties.yml"), str(out), str(Path(__file__).parent)], stdout=subprocess.PIPE
+        [sys.executable, "-c", _HOLD, str(root / "ties.yml"), str(out), str(Path(__file__).parent)],
+        stdout=subprocess.PIPE,
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"holding\n"

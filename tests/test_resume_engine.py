@@ -1,4 +1,6 @@
-"""A run that is killed anywhere, then started again with the same command, ends with the bytes of an undisturbed run."""
+"""A run that is killed anywhere, then started again with the same command, ends with the bytes of an undisturbed
+run.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import engine_cases as cases
 import pytest
 import torch
-from engine_cases import EIO, FaultyIo
 
+import engine_cases as cases
+from engine_cases import EIO, FaultyIo
 from mergekernels.engine.waves import Stats
 from mergekernels.errors import MergeError, OutputError
 

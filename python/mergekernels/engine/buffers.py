@@ -1,4 +1,6 @@
-"""The memory of one worker: a tile of every source and one of the output, allocated once and reused for every tensor."""
+"""The memory of one worker: a tile of every source and one of the output, allocated once and reused for every
+tensor.
+"""
 
 from __future__ import annotations
 

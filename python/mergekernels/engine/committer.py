@@ -15,8 +15,8 @@ __all__ = ["Committer"]
 class Committer:
     """Used as a context manager; leaving it waits for everything that was handed over.
 
-    fail : told of an error that must stop the run, which is also kept as `error`. receipts : of units committed. failed : units whose sync failed, which must
-    be done again in a new file.
+    fail : told of an error that must stop the run, which is also kept as `error`. receipts : of units committed.
+    failed : units whose sync failed, which must be done again in a new file.
     """
 
     def __init__(self, fail: Callable[[BaseException], None]) -> None:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..backends._device import place
 from ..backends.dispatch import Backend, load
 from ..errors import DataError
 from ..tensors import CANONICAL_BLOCK, TensorView
@@ -41,7 +42,7 @@ class Context:
     @staticmethod
     def of(plan: Plan, io: Io) -> Context:
         """The context of a plan; nothing is opened yet."""
-        return Context(plan, io, InputFiles(io, plan.merge.inputs), load(plan.backend))
+        return Context(plan, io, InputFiles(io, plan.merge.inputs), place(load(plan.backend), plan.device))
 
     def workers(self) -> list[Worker]:
         """The workers that the plan's budget pays for."""

@@ -12,8 +12,8 @@ __all__ = ["OrderedDigest"]
 class OrderedDigest:
     """Takes tiles as they finish and hashes them in order.
 
-    A tile whose turn it is is hashed from memory while it is in the caches. One that is early is left; whoever hashes its
-    predecessor reads it again from what was written. At most one thread hashes a tensor, and none waits.
+    A tile whose turn it is is hashed from memory while it is in the caches. One that is early is left; whoever hashes
+    its predecessor reads it again from what was written. At most one thread hashes a tensor, and none waits.
     """
 
     def __init__(self, tiles: int) -> None:

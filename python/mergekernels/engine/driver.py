@@ -10,14 +10,17 @@ from ..methods.protocol import Coeffs
 from .committer import Committer
 from .context import Context, Worker
 from .events import Progress, ProgressSink, RunReport
+from .inputs import Stream, streams_of
 from .io import Io, output_error
 from .jobs import CopyJob, MergeJob, Target
 from .layout import OutputFile
 from .plan import Plan
 from .publish import publish
+from .readahead import ReadAhead
 from .receipts import Receipt
 from .resume import finished_units
 from .scheduler import Scheduler
+from .specs import sources_of
 from .staging import Staging, published
 from .unit import Unit, sync_failure
 from .waves import check_waves, run_waves
@@ -71,11 +74,12 @@ class _Run:
         members = set(plan.specs.members)
         total = self._total(files)
         committer = Committer(scheduler.fail)
+        ahead = ReadAhead(ctx.inputs, (self._streams(t.index) for f in files for t in f.tensors), scheduler.fail)
 
         def jobs() -> Iterator[MergeJob | CopyJob]:
             for unit in units:
                 for placed in unit.file.tensors:
-                    target = Target(unit, placed, committer.sync, committer.commit)
+                    target = Target(unit, placed, ahead.passed, committer.sync, committer.commit)
                     if placed.index in members:
                         yield MergeJob(ctx, target, coeffs)
                     else:
@@ -85,7 +89,7 @@ class _Run:
             self.tell(Progress("merge", min(done, total), total, self.written + sum(u.written for u in units), name))
 
         try:
-            with committer:
+            with committer, ahead:
                 scheduler.run(jobs(), tick)
                 tick(total, "")
             if committer.error is not None:
@@ -96,6 +100,9 @@ class _Run:
         self.written += sum(u.file.size for u in units)
         return committer
 
+    def _streams(self, index: int) -> list[Stream]:
+        return streams_of(self.plan.merge.inputs, sources_of(self.plan.merge.tensors[index]), self.ctx.inputs.first)
+
     def _total(self, files: list[OutputFile]) -> int:
         merge = self.plan.merge
         members = set(self.plan.specs.members)
@@ -104,8 +111,7 @@ class _Run:
         for file in files:
             for placed in file.tensors:
                 tensor = merge.tensors[placed.index]
-                sources = tensor.models if tensor.base is None else (*tensor.models, tensor.base)
-                size = sum(merge.inputs[s.input].tensors[s.tensor].nbytes for s in sources)
+                size = sum(merge.inputs[s.input].tensors[s.tensor].nbytes for s in sources_of(tensor))
                 total += size * (self.plan.reads if placed.index in members and not once else 1)
         return total
 
@@ -143,7 +149,15 @@ class _Run:
         )
 
     def report(
-        self, digest: str, start: float, *, bytes_read: int = 0, bytes_written: int = 0, peak: int = 0, resumed: int = 0, done: bool = False
+        self,
+        digest: str,
+        start: float,
+        *,
+        bytes_read: int = 0,
+        bytes_written: int = 0,
+        peak: int = 0,
+        resumed: int = 0,
+        done: bool = False,
     ) -> RunReport:
         """The report of a run that began at `start` (monotonic seconds)."""
         plan = self.plan
@@ -181,7 +195,9 @@ def execute(plan: Plan, *, overwrite: bool, progress: ProgressSink | None, io: I
             return run.merge(overwrite, start)
         manifest = published(io, staging.out, plan.hash)
         if manifest is None:
-            raise MergeError("the output vanished while it was looked at", code="output.vanished", file=str(staging.out))
+            raise MergeError(
+                "the output vanished while it was looked at", code="output.vanished", file=str(staging.out)
+            )
         staging.remove()
         return run.report(str(manifest["checkpoint_sha256"]), start, resumed=len(plan.files), done=True)
     except OSError as error:
@@ -189,4 +205,3 @@ def execute(plan: Plan, *, overwrite: bool, progress: ProgressSink | None, io: I
     finally:
         run.ctx.inputs.close()
         staging.unlock()
-

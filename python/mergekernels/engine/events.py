@@ -13,10 +13,10 @@ __all__ = ["Progress", "ProgressSink", "RunReport"]
 class Progress:
     """One snapshot of a run, at most ten a second, always from the thread that called `run`.
 
-    phase : "resume" re-reads what an earlier attempt left, "measure" sweeps the checkpoint for statistics over the whole model,
-        "merge" reads and writes, "publish" syncs and renames.
-    done, total : bytes of input read and to be read in this phase (an estimate where a method may need a further sweep; done
-        never exceeds total).
+    phase : "resume" re-reads what an earlier attempt left, "measure" sweeps the checkpoint for statistics over the
+        whole model, "merge" reads and writes, "publish" syncs and renames.
+    done, total : bytes of input read and to be read in this phase (an estimate where a method may need a further
+        sweep; done never exceeds total).
     written : bytes of output written so far. tensor : name of an output tensor in work, "" if none.
     """
 
@@ -35,7 +35,8 @@ class RunReport:
     """What a finished run did.
 
     out : the published folder. plan_hash, checkpoint_sha256 : hex digests, as in its manifest.
-    bytes_read : input bytes read, re-reads included. bytes_written : bytes of the published files written by this process.
+    bytes_read : input bytes read, re-reads included. bytes_written : bytes of the published files written by this
+        process.
     seconds : wall time. peak_tensor_memory : most bytes of tiles and statistics held at once. memory : the budget.
     units, resumed_units : output files, and how many of them an earlier attempt had finished.
     already_done : OUT carried this plan before; nothing was merged.

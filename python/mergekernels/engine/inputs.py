@@ -6,6 +6,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from ..errors import InputError
@@ -45,7 +46,7 @@ class InputFiles:
     """All files of all inputs, opened on demand, at most `limit` at a time beyond those in use."""
 
     def __init__(self, io: Io, inputs: Sequence[Checkpoint], limit: int = 128) -> None:
-        self._io = io
+        self.io = io
         self._limit = limit
         self._lock = threading.Lock()
         self.files: list[ShardFile] = []
@@ -94,7 +95,7 @@ class InputFiles:
             for number in files:
                 fd = self._fds.get(number)
                 if fd is not None:
-                    self._compare(number, self._io.fstat(fd))
+                    self._compare(number, self.io.fstat(fd))
 
     def close(self) -> None:
         """Closes all."""
@@ -108,15 +109,13 @@ class InputFiles:
         for number in spare[: max(0, len(self._fds) - self._limit)]:
             fd = self._fds.pop(number)
             try:
-                self._compare(number, self._io.fstat(fd))
+                self._compare(number, self.io.fstat(fd))
             finally:
                 self._close(fd)
 
     def _close(self, fd: int) -> None:
-        try:
-            self._io.close(fd)
-        except OSError:
-            pass  # it was only read
+        with suppress(OSError):  # it was only read
+            self.io.close(fd)
 
     def _compare(self, number: int, state: os.stat_result) -> None:
         file = self.files[number]
@@ -137,17 +136,17 @@ class InputFiles:
     def _open(self, number: int) -> int:
         file = self.files[number]
         try:
-            fd = self._io.open(file.path, os.O_RDONLY)
+            fd = self.io.open(file.path, os.O_RDONLY)
         except OSError as error:
             raise InputError(
                 f"the input cannot be opened: {error.strerror}", code="input.open", file=str(file.path)
             ) from error
         try:
-            self._compare(number, self._io.fstat(fd))
+            self._compare(number, self.io.fstat(fd))
             length = bytearray(8)
-            read_exact(self._io, fd, memoryview(length), 0, file.path)
+            read_exact(self.io, fd, memoryview(length), 0, file.path)
             header = bytearray(min(int.from_bytes(length, "little"), file.size - 8))
-            read_exact(self._io, fd, memoryview(header), 8, file.path)
+            read_exact(self.io, fd, memoryview(header), 8, file.path)
             if hashlib.sha256(length + header).hexdigest() != file.header_sha256:
                 raise InputError(
                     _CHANGED,

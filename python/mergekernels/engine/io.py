@@ -1,7 +1,7 @@
 """Every file operation of the engine, in one object, so that tests can make any one of them fail.
 
-`Io` is thin: the operating system's calls under their own names. The functions below it add what every caller needs: exact
-lengths, retries of transient errors, and errors that name file and offset.
+`Io` is thin: the operating system's calls under their own names. The functions below it add what every caller needs:
+exact lengths, retries of transient errors, and errors that name file and offset.
 """
 
 from __future__ import annotations
@@ -303,9 +303,9 @@ def same_device(io: Io, a: Path, b: Path) -> bool:
 def publish_swap(io: Io, tree: Path, out: Path, aside: Path, *, replace: bool) -> None:
     """Renames `tree` to `out`, which takes the place of an empty folder but of nothing else.
 
-    With `replace` and an `out` there, the two are exchanged: the old one is then at `tree`. Where the file system cannot
-    exchange (renameat2), the old folder is first moved to `aside`, so that for a moment there is no `out`, and never half
-    of one.
+    With `replace` and an `out` there, the two are exchanged: the old one is then at `tree`. Where the file system
+    cannot exchange (renameat2), the old folder is first moved to `aside`, so that for a moment there is no `out`, and
+    never half of one.
     """
     try:
         if not (replace and out.exists()):

@@ -1,4 +1,6 @@
-"""The jobs of a unit: one per output tensor. A merge goes through its method's rounds and the writing pass; a copy is one pass."""
+"""The jobs of a unit: one per output tensor. A merge goes through its method's rounds and the writing pass; a copy is
+one pass.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,15 @@ __all__ = ["CopyJob", "MergeJob", "Target"]
 
 @dataclass(frozen=True)
 class Target:
-    """Where a job writes. sync, done : told when a background sync of the unit is due, and when its last tensor is written."""
+    """Where a job writes.
+
+    passed : told of input bytes read for the first time. sync, done : told when a background sync of the unit is due, and
+    when its last tensor is written.
+    """
 
     unit: Unit
     placed: PlacedTensor
+    passed: Callable[[int], None]
     sync: Callable[[Unit], None]
     done: Callable[[Unit], None]
 
@@ -79,7 +86,7 @@ class MergeJob:
         models = self._spec.num_models
         self.least = least_statistics(models, self._n)
         # Ties are common, so that an interval of keys may hold several percent of a tensor.
-        self.want = self.least + ENTRY_BYTES * models * min(self._n, self._n // 16 + (1 << 17))
+        self.want = self.least + ENTRY_BYTES * models * min(self._n, self._n // 20 + (1 << 17))
         if coeffs is not None or not isinstance(ctx.plan.method.start(self._spec), Round):
             self.want = self.least
             reads = 1
@@ -125,7 +132,10 @@ class MergeJob:
             self._measure.run(worker, index)
         else:
             self._apply(worker, index)
-        self.moved += worker.bytes_read - before
+        size = worker.bytes_read - before
+        first = min(size, self._source.nbytes - self.moved)
+        self.moved += size
+        self._target.passed(first)
 
     def _apply(self, worker: Worker, index: int) -> None:
         source, dtype = self._source, self._source.tensor.dtype
@@ -244,7 +254,9 @@ class CopyJob:
                     self._differs = True
                     self._unequal(other)
         self._writer.put(worker, index, own)
-        self.moved += worker.bytes_read - before
+        size = worker.bytes_read - before
+        self.moved += size
+        self._target.passed(size)
 
     def _unequal(self, other: int) -> None:
         if self._source.has_base:
@@ -267,4 +279,3 @@ class CopyJob:
             self._ctx.warn(warnings[0])
         self._writer.finish(self._ctx, {}, warnings)
         return False
-

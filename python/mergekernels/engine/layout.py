@@ -19,7 +19,9 @@ INDEX_NAME = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class PlacedTensor:
-    """One output tensor in its file. index : position in `ResolvedMerge.tensors`. offset : in bytes, from the file's start."""
+    """One output tensor in its file. index : position in `ResolvedMerge.tensors`. offset : in bytes, from the file's
+    start.
+    """
 
     index: int
     name: str

@@ -1,10 +1,10 @@
 """merge_manifest.json: what was merged, how, and the digest of everything that was published.
 
 Keys: format; versions {mergekernels, numeric_policy}; plan_hash; checkpoint_sha256; method, dialect, nan, seed; recipe;
-inputs [{label, path, files [{name, size, mtime_ns, header_sha256}]}]; files [{name, size, sha256, tensors [names in order of
-offset]}]; small_files [{name, size, sha256}]; tensors [{name, dtype, shape, sha256, file, statistics}] in order of name; aliases;
-warnings; manifest_sha256. It holds no time, no host, no output path and nothing about threads, memory or backend, so equal
-plans give equal bytes.
+inputs [{label, path, files [{name, size, mtime_ns, header_sha256}]}]; files [{name, size, sha256, tensors [names in
+order of offset]}]; small_files [{name, size, sha256}]; tensors [{name, dtype, shape, sha256, file, statistics}] in
+order of name; aliases; warnings; manifest_sha256. It holds no time, no host, no output path and nothing about
+threads, memory or backend, so equal plans give equal bytes.
 
 `manifest_sha256` is the SHA-256 of the file's bytes with the 64 digits of that value left out (the value is "").
 """
@@ -48,7 +48,8 @@ def manifest_bytes(plan: Plan, receipts: Sequence[Receipt]) -> tuple[bytes, str]
         "recipe": merge.recipe,
         "inputs": input_identities(merge),
         "files": [
-            {"name": r.file, "size": r.size, "sha256": r.sha256, "tensors": [t.name for t in r.tensors]} for r in ordered
+            {"name": r.file, "size": r.size, "sha256": r.sha256, "tensors": [t.name for t in r.tensors]}
+            for r in ordered
         ],
         "small_files": [{"name": s.name, "size": s.size, "sha256": s.sha256} for s in plan.small],
         "tensors": [

@@ -12,17 +12,28 @@ from ..errors import ArgumentError
 from ..ops.program import NUM_BINS
 from ..tensors import CANONICAL_BLOCK
 
-__all__ = ["Budget", "available_memory", "cut_budget", "default_threads", "format_size", "least_statistics", "memory_limit", "parse_size"]
+__all__ = [
+    "Budget",
+    "available_memory",
+    "cut_budget",
+    "default_threads",
+    "format_size",
+    "least_statistics",
+    "memory_limit",
+    "parse_size",
+]
 
 MINIMUM_DEFAULT = 512 << 20
 TILE_BYTES = 512 << 10
 """Bytes of one source in a tile where the budget allows it: a worker's tiles then stay in the outer caches."""
 
-ENTRY_BYTES = 16
-"""Bytes of one entry that a sweep collects (ordinal and index)."""
+ENTRY_BYTES = 40
+"""Bytes to count for one entry that a sweep collects: ordinal and index (16), and the copies while it is evaluated."""
 
 MIN_ENTRIES = 4096
-"""Fewest entries a sweep keeps per model; with fewer than its interval holds, it counts bins and another sweep follows."""
+"""Fewest entries a sweep keeps per model; with fewer than its interval holds, it counts bins and another sweep
+follows.
+"""
 
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
@@ -163,7 +174,8 @@ def _cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> int | None:
 class Budget:
     """How a budget is cut.
 
-    limit : bytes in all. threads : workers. sources : source tiles per worker. itemsize : bytes per element of the widest tensor.
+    limit : bytes in all. threads : workers. sources : source tiles per worker. itemsize : bytes per element of the
+        widest tensor.
     tile : elements of a tile, a multiple of 4096. window : tensors in work at a time. pool : bytes for statistics of
     the tensors in work.
     """
@@ -194,12 +206,21 @@ def least_statistics(models: int, n: int) -> int:
 
 
 def cut_budget(
-    limit: int, threads: int, sources: int, models: int, itemsize: int, largest: int, *, tile: int | None = None
+    limit: int,
+    threads: int,
+    sources: int,
+    models: int,
+    itemsize: int,
+    largest: int,
+    *,
+    best: int = TILE_BYTES,
+    tile: int | None = None,
 ) -> Budget:
     """Tiles first, as large as a quarter of the budget allows up to the best size; the rest goes to statistics.
 
-    sources : most tensors read for one output tensor. models : most models that a selection looks at. largest : elements
-    of the largest tensor. tile : elements of a tile, to force it (tests).
+    sources : most tensors read for one output tensor. models : most models that a selection looks at. largest :
+    elements of the largest tensor. best : bytes of one source in a tile, if the budget allows it. tile : elements of
+    a tile, to force it (tests).
 
     Raises
     ------
@@ -219,7 +240,7 @@ def cut_budget(
         )
     if tile is None:
         share = min(max(smallest, limit // 4), limit - floor) // (threads * (sources + 1) * itemsize)
-        tile = min(TILE_BYTES // min(itemsize, 4), share) // CANONICAL_BLOCK * CANONICAL_BLOCK
+        tile = min(best // itemsize, share) // CANONICAL_BLOCK * CANONICAL_BLOCK
         tile = max(CANONICAL_BLOCK, tile)
     used = threads * (sources + 1) * tile * itemsize
     return Budget(limit, threads, sources, itemsize, tile, window, max(floor, limit - used))

@@ -9,14 +9,16 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from ..backends._device import place
 from ..backends.dispatch import pick, requested
-from ..errors import ArgumentError, MergeError, OutputError, PlanError
+from ..errors import ArgumentError, BackendError, MergeError, OutputError, PlanError
 from ..methods import get
 from ..methods.protocol import Method, Round
+from ..tensors import BF16, TensorView
 from .identity import plan_hash
 from .io import Io
 from .layout import OutputFile, index_json, lay_out
-from .memory import Budget, cut_budget, default_threads, memory_limit
+from .memory import TILE_BYTES, Budget, cut_budget, default_threads, memory_limit
 from .resolved import ResolvedMerge
 from .smallfiles import SmallFile, small_files
 from .specs import Specs, sources_of
@@ -25,15 +27,16 @@ from .summary import summarise
 
 __all__ = ["Plan", "make_plan"]
 
-_ONE_AT_A_TIME = ("triton", "cuda")
+_GPU_TILE = 16 << 20
+"""Bytes of one source in a tile that goes to a GPU: large enough that launches and transfers are not many."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """A merge laid out. `to_dict` is the dry run that `mergekernels plan` prints.
 
-    merge : the resolved recipe. hash : of all that determines the published bytes. files : the output's safetensors files, one
-    unit each. small : other published files, index included, manifest not. budget : how memory is cut.
+    merge : the resolved recipe. hash : of all that determines the published bytes. files : the output's safetensors
+    files, one unit each. small : other published files, index included, manifest not. budget : how memory is cut.
     backend, device : where tiles are computed. out : None if no output was named; state : what is there.
     reads : expected full reads of the merged tensors. sampled : whether a sample comes first.
     """
@@ -79,10 +82,11 @@ class Plan:
         """The plan as plain data.
 
         Keys: plan_hash, method, dialect, seed, nan, backend, device, threads, memory (bytes), tile_bytes,
-        inputs [{label, path, files, tensors, bytes}], output {files: [{name, bytes, tensors}], small_files: [names], tensors, bytes,
-        merged, buffers, copies, aliases}, scope ("tensor" or "model"), passes {reads, sampled, writes}, bytes_read, bytes_written,
-        peak_memory, disk {path, needed, free} or None, time {seconds, read_rate, write_rate, assumed}, parameters
-        [{params, tensors: count, examples: [names]}], state ("absent", "done", "resumable", "exists" or None), warnings [str].
+        inputs [{label, path, files, tensors, bytes}], output {files: [{name, bytes, tensors}], small_files: [names],
+        tensors, bytes, merged, buffers, copies, aliases}, scope ("tensor" or "model"), passes {reads, sampled,
+        writes}, bytes_read, bytes_written, peak_memory, disk {path, needed, free} or None, time {seconds, read_rate,
+        write_rate, assumed}, parameters [{params, tensors: count, examples: [names]}], state ("absent", "done",
+        "resumable", "exists" or None), warnings [str].
         """
         return summarise(self)
 
@@ -108,10 +112,10 @@ def make_plan(
     if shard_size < 1:
         raise ArgumentError("not a shard size", code="shard-size", expected="at least 1 byte", got=str(shard_size))
     method = get(merge.method)
-    name, _ = pick("stream", [], requested(backend), device)
+    name = _pick_backend(backend, device)
     specs = Specs(merge, method)
     count = default_threads(threads)
-    budget = _budget(merge, memory, 1 if name in _ONE_AT_A_TIME else count, tile)
+    budget = _budget(merge, memory, count, device, tile)
     files = lay_out(merge.tensors, shard_size)
     small = small_files(io, merge)
     index = index_json(files)
@@ -134,7 +138,24 @@ def make_plan(
     )
 
 
-def _budget(merge: ResolvedMerge, memory: str | int | None, threads: int, tile: int | None) -> Budget:
+def _pick_backend(backend: str | None, device: str) -> str:
+    """The name of the backend that serves tiles on `device`.
+
+    Raises
+    ------
+    BackendError : the one asked for cannot run there, with its reason; or none can.
+    """
+    request = requested(backend)
+    name, module = pick("stream", [], request, device)
+    if request is None and device == "cpu":
+        return name
+    reason = place(module, device).why_not("stream", [TensorView(0, (0,), (1,), BF16)])
+    if reason is not None:
+        raise BackendError(f"backend '{name}' cannot run on {device}: {reason}", code="backend.cannot")
+    return name
+
+
+def _budget(merge: ResolvedMerge, memory: str | int | None, threads: int, device: str, tile: int | None) -> Budget:
     sources = models = itemsize = largest = 1
     for t in merge.tensors:
         used = sources_of(t)
@@ -142,7 +163,8 @@ def _budget(merge: ResolvedMerge, memory: str | int | None, threads: int, tile: 
         sizes = [merge.inputs[s.input].tensors[s.tensor].dtype.itemsize for s in used]
         itemsize = max(itemsize, t.dtype.itemsize, *sizes)
         largest = max(largest, prod(t.shape))
-    return cut_budget(memory_limit(memory), threads, sources, models, itemsize, largest, tile=tile)
+    best = TILE_BYTES if device == "cpu" else _GPU_TILE
+    return cut_budget(memory_limit(memory), threads, sources, models, itemsize, largest, best=best, tile=tile)
 
 
 def _passes(specs: Specs, method: Method) -> tuple[int, bool]:
@@ -161,9 +183,15 @@ def _check_target(out: Path, merge: ResolvedMerge) -> list[MergeError]:
     """What forbids writing to `out`, whatever is merged."""
     parent = out.parent
     if not parent.is_dir():
-        return [OutputError("the folder that should hold the output does not exist", code="output.parent", file=str(parent))]
+        return [
+            OutputError("the folder that should hold the output does not exist", code="output.parent", file=str(parent))
+        ]
     if not os.access(parent, os.W_OK | os.X_OK):
-        return [OutputError("the folder that should hold the output is not writable", code="output.parent", file=str(parent))]
+        return [
+            OutputError(
+                "the folder that should hold the output is not writable", code="output.parent", file=str(parent)
+            )
+        ]
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         return [OutputError("the output is there and is not a folder", code="output.kind", file=str(out))]
     if out.exists() and out.stat().st_dev != parent.stat().st_dev:

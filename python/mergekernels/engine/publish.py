@@ -28,7 +28,11 @@ def publish(ctx: Context, staging: Staging, receipts: Sequence[Receipt], *, over
         size = io.stat(path).st_size
         if size != receipt.size:
             raise OutputError(
-                "a staged file changed", code="output.staged", file=str(path), expected=f"{receipt.size} bytes", got=str(size)
+                "a staged file changed",
+                code="output.staged",
+                file=str(path),
+                expected=f"{receipt.size} bytes",
+                got=str(size),
             )
     written = 0
     for small in plan.small:

@@ -19,7 +19,9 @@ _FORMAT = "mergekernels.receipt/1"
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """What is published about one tensor. statistics : of interest to reports, see docs/engine.md. warnings : about its data."""
+    """What is published about one tensor. statistics : of interest to reports, see docs/engine.md. warnings : about
+    its data.
+    """
 
     name: str
     dtype: str

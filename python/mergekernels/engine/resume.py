@@ -58,7 +58,9 @@ class _DigestJob:
 def finished_units(
     ctx: Context, staging: Staging, scheduler: Scheduler[Worker], tick: Callable[[int, str], None]
 ) -> list[Receipt]:
-    """Receipts of units that need not be done again: readable, of this plan, and the file has their size and digests."""
+    """Receipts of units that need not be done again: readable, of this plan, and the file has their size and
+    digests.
+    """
     kept = []
     for file in ctx.plan.files:
         receipt = read_receipt(ctx.io, staging, file.name)
@@ -89,7 +91,9 @@ def _verify(
         scheduler.run([_DigestJob(ctx, path, fd, t, digests) for t in file.tensors], tick)
         recorded = {r.name: r.sha256 for r in receipt.tensors}
         order = [digests[t.name] for t in file.tensors]
-        return bytes(header) == file.header and digests == recorded and file_sha256(file.header, order) == receipt.sha256
+        return (
+            bytes(header) == file.header and digests == recorded and file_sha256(file.header, order) == receipt.sha256
+        )
     except (OSError, MergeError):
         return False
     finally:

@@ -73,10 +73,11 @@ def run(
 
     A run that was killed is resumed by the same call and ends with the same bytes. See `plan` for the arguments.
     overwrite : replace `out` (swapped atomically) and drop another plan's staging.
-    progress : called with `Progress` from this thread; what it raises is ignored, except KeyboardInterrupt and SystemExit.
+    progress : called with `Progress` from this thread; what it raises is ignored, except KeyboardInterrupt and
+        SystemExit.
 
-    An exception raised in the calling thread (Ctrl-C, a signal handler's SystemExit) stops the workers within a tile, leaves
-    the staging resumable, and propagates.
+    An exception raised in the calling thread (Ctrl-C, a signal handler's SystemExit) stops the workers within a tile,
+    leaves the staging resumable, and propagates.
 
     Raises
     ------

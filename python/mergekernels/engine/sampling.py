@@ -12,8 +12,9 @@ _MASK = 2**64 - 1
 def sample_starts(n: int, fraction: float, tensor: int) -> list[int]:
     """First elements of the sampled blocks: one block of 256 at a random place in each of equal strides.
 
-    n : elements of the tensor. fraction : of them to visit. tensor : the tensor's id, which seeds the places. The places vary
-    within a stride so that no period of the tensor (a row) can hide from them. A tensor below one block gives none.
+    n : elements of the tensor. fraction : of them to visit. tensor : the tensor's id, which seeds the places. The
+    places vary within a stride so that no period of the tensor (a row) can hide from them. A tensor below one block
+    gives none.
     """
     if n < SAMPLE_BLOCK:
         return []

@@ -1,6 +1,8 @@
-"""Workers over jobs. A job is one tensor going through passes of tiles; several are in work, the oldest is served first.
+"""Workers over jobs. A job is one tensor going through passes of tiles; several are in work, the oldest is served
+first.
 
-Determinism never comes from here: jobs write to planned places and merge exact statistics, in whatever order tiles finish.
+Determinism never comes from here: jobs write to planned places and merge exact statistics, in whatever order tiles
+finish.
 """
 
 from __future__ import annotations

@@ -32,9 +32,7 @@ class Specs:
 
     def __init__(self, merge: ResolvedMerge, method: Method) -> None:
         self.merge = merge
-        self.members = tuple(
-            i for i, t in enumerate(merge.tensors) if t.action == "merge" and prod(t.shape) > 0
-        )
+        self.members = tuple(i for i, t in enumerate(merge.tensors) if t.action == "merge" and prod(t.shape) > 0)
         self._compute = [compute_dtype(self._dtypes(merge.tensors[i])) for i in self.members]
         kinds = {method.scope(merge.tensors[i].params, merge.dialect) for i in self.members}
         if len(kinds) > 1:

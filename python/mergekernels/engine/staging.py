@@ -1,8 +1,8 @@
 """The folder beside OUT in which an unfinished output lives, and the rules about what may be there.
 
-`OUT.mk-<first 16 digits of the plan hash>/` holds `tree/` (what becomes OUT), `receipts/`, `waves/` (statistics over the
-whole model), `tmp/` (files that are being written, deleted at the next start) and `lock`. It lies in OUT's own folder, so
-that the last step is a rename.
+`OUT.mk-<first 16 digits of the plan hash>/` holds `tree/` (what becomes OUT), `receipts/`, `waves/` (statistics over
+the whole model), `tmp/` (files that are being written, deleted at the next start) and `lock`. It lies in OUT's own
+folder, so that the last step is a rename.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import re
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -152,10 +153,8 @@ class Staging:
             return False
 
     def _mkdir(self, path: Path) -> None:
-        try:
+        with suppress(FileExistsError):
             self.io.mkdir(path)
-        except FileExistsError:
-            pass
 
     def _take_lock(self) -> bool:
         """Takes the lock; False if the file was replaced meanwhile and all must be tried again."""

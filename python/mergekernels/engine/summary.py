@@ -84,6 +84,4 @@ def _parameters(plan: Plan) -> list[dict[str, Any]]:
         if t.action == "merge":
             groups.setdefault(canonical_json(dict(t.params)), []).append(t.name)
     ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
-    return [
-        {"params": json.loads(key), "tensors": len(names), "examples": names[:_EXAMPLES]} for key, names in ordered
-    ]
+    return [{"params": json.loads(key), "tensors": len(names), "examples": names[:_EXAMPLES]} for key, names in ordered]

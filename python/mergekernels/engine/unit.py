@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ..errors import OutputError
@@ -139,17 +140,13 @@ class Unit:
         """Closes and removes the temporary of a unit that will not be committed."""
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
-            try:
+            with suppress(OSError):
                 self.io.close(fd)
-            except OSError:
-                pass
             self._drop()
 
     def _drop(self) -> None:
-        try:
+        with suppress(OSError):
             self.io.unlink(self.temporary)
-        except OSError:
-            pass
 
 
 def sync_failure(file: OutputFile, error: OSError) -> OutputError:
@@ -161,4 +158,3 @@ def sync_failure(file: OutputFile, error: OSError) -> OutputError:
         got=os.strerror(error.errno) if error.errno else None,
         hint="Look at the disk; the same command resumes.",
     )
-

@@ -1,7 +1,8 @@
 """Statistics over the whole checkpoint: each round of a method is a wave of sweeps, durable per output file.
 
 A wave's statistics are taken for the tensors of one output file after the other, written to `waves/`, added in order of
-files and resolved once; then the next wave runs, or the units. After a crash finished parts are read instead of swept again.
+files and resolved once; then the next wave runs, or the units. After a crash finished parts are read instead of swept
+again.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def _first_state(ctx: Context) -> tuple[list[Spec], Round | Coeffs]:
                 tensor=spec.name,
                 expected=f"the parameters of tensor '{specs[0].name}'",
                 got="parameters that change with the tensor, or another number of models",
-                hint="Give density and the like one value per model, without filters and gradients, or use scope: tensor.",
+                hint="Give density one value per model, without filters and gradients, or use scope: tensor.",
             )
     return specs, states[0]
 
@@ -96,7 +97,8 @@ def run_waves(
 
     Raises
     ------
-    DataError : NaN or Inf in an input, unless they are let through. InputError : tensors of the scope ask for unlike things.
+    DataError : NaN or Inf in an input, unless they are let through. InputError : tensors of the scope ask for unlike
+        things.
     """
     scope = ctx.plan.specs.model_scope
     if scope is None:
@@ -196,4 +198,3 @@ class _Wave:
         name = self._path_name(file)
         target = self._staging.waves / name
         write_small(self._ctx.io, self._staging.temporary(name), target, hashlib.sha256(raw).digest() + raw)
-
