@@ -236,6 +236,7 @@ def programs() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "ties", {"consensus": "sum", "divisor": "agreeing_weights", "scale": 1.1}
     yield "ties_count", {"consensus": "sum", "divisor": "agreeing_count", "zero_vote": -1}
     yield "ties_sum", {"consensus": "sum", "zero_vote": 0, "scale": 0.7}
+    yield "agreeing_nobody", {"divisor": "agreeing_weights"}
     yield "ties_value", {"consensus": "sum", "divisor": "value", "divisor_value": 3.0}
 
 

@@ -6,6 +6,15 @@
 #include "common/philox.h"
 #include "common/program.h"
 
+// Loops that must be unrolled (so that arrays live in registers), and loops that must not.
+#if defined(__CUDACC__)
+#define MK_UNROLL _Pragma("unroll")
+#define MK_ROLLED _Pragma("unroll 1")
+#else
+#define MK_UNROLL
+#define MK_ROLLED
+#endif
+
 namespace mergekernels {
 
 constexpr int kGroup = 8;
@@ -28,7 +37,7 @@ MK_HD Packed<kDType> load_packed(const void* data, std::int64_t first, int n, bo
     constexpr int kWords = int(sizeof(packed) / sizeof(uint4));
     const uint4* from = reinterpret_cast<const uint4*>(at);
     uint4 words[kWords];
-#pragma unroll
+    MK_UNROLL
     for (int i = 0; i < kWords; ++i) words[i] = from[i];
     memcpy(&packed, words, sizeof(packed));
     return packed;
@@ -36,14 +45,14 @@ MK_HD Packed<kDType> load_packed(const void* data, std::int64_t first, int n, bo
 #else
   (void)aligned;
 #endif
-#pragma unroll
+  MK_UNROLL
   for (int j = 0; j < kGroup; ++j) packed.bits[j] = j < n ? at[j] : Bits(0);
   return packed;
 }
 
 template <int kDType, class C>
 MK_HD void widen(const Packed<kDType>& packed, C* x) {
-#pragma unroll
+  MK_UNROLL
   for (int j = 0; j < kGroup; ++j) x[j] = Element<kDType>::template load<C>(packed.bits[j]);
 }
 
@@ -56,14 +65,14 @@ MK_HD void store_packed(const Packed<kDType>& packed, void* data, std::int64_t f
     constexpr int kWords = int(sizeof(packed) / sizeof(uint4));
     uint4 words[kWords];
     memcpy(words, &packed, sizeof(packed));
-#pragma unroll
+    MK_UNROLL
     for (int i = 0; i < kWords; ++i) reinterpret_cast<uint4*>(at)[i] = words[i];
     return;
   }
 #else
   (void)aligned;
 #endif
-#pragma unroll
+  MK_UNROLL
   for (int j = 0; j < kGroup; ++j)
     if (j < n) at[j] = packed.bits[j];
 }
@@ -71,7 +80,7 @@ MK_HD void store_packed(const Packed<kDType>& packed, void* data, std::int64_t f
 template <int kDType, class C>
 MK_HD Packed<kDType> narrow(const C* y) {
   Packed<kDType> packed;
-#pragma unroll
+  MK_UNROLL
   for (int j = 0; j < kGroup; ++j) packed.bits[j] = Element<kDType>::store(y[j]);
   return packed;
 }
@@ -101,7 +110,7 @@ template <int kDType>
 MK_HD unsigned nonfinite_mask(const Packed<kDType>& packed, int n) {
   constexpr auto kMask = Exponent<kDType>::kMask;
   unsigned mask = 0;
-#pragma unroll
+  MK_UNROLL
   for (int j = 0; j < kGroup; ++j) mask |= unsigned(j < n && (packed.bits[j] & kMask) == kMask) << j;
   return mask;
 }
@@ -121,21 +130,21 @@ MK_HD void tie_words(std::uint64_t seed, std::uint32_t tensor, int model, const 
   // Loops that are not unrolled, and selection instead of indexing: one copy of Philox in the code, no array in memory.
   if (quads) {
     const std::uint64_t group = static_cast<std::uint64_t>(piece.g0 + first) >> 2;
-#pragma unroll 1
+    MK_ROLLED
     for (int half = 0; half < 2; ++half) {
       if ((wanted >> (4 * half) & 0x0Fu) == 0) continue;
       const Philox4 four = philox_group(seed, tensor, stream, group + std::uint64_t(half));
-#pragma unroll
+      MK_UNROLL
       for (int j = 0; j < kGroup; ++j) words[j] = j / 4 == half ? four.word[j % 4] : words[j];
     }
     return;
   }
-#pragma unroll 1
+  MK_ROLLED
   for (int i = 0; i < kGroup; ++i) {
     if ((wanted >> i & 1u) == 0) continue;
     const std::int64_t g = flat_index(piece, first + i);
     const std::uint32_t word = lane_of(philox_group(seed, tensor, stream, static_cast<std::uint64_t>(g) >> 2), g);
-#pragma unroll
+    MK_UNROLL
     for (int j = 0; j < kGroup; ++j) words[j] = j == i ? word : words[j];
   }
 }
@@ -148,7 +157,7 @@ struct Pipeline {
 
   template <class Load>
   MK_HD void start(int num_models, const Load& load) {
-#pragma unroll
+    MK_UNROLL
     for (int i = 0; i <= kAhead; ++i)
       if (i < num_models) slots[i] = load(i);
   }
@@ -157,7 +166,7 @@ struct Pipeline {
   template <class Load>
   MK_HD Packed<kDType> next(int m, int num_models, const Load& load) {
     const Packed<kDType> current = slots[0];
-#pragma unroll
+    MK_UNROLL
     for (int i = 0; i < kAhead; ++i) slots[i] = slots[i + 1];
     if (m + kAhead + 1 < num_models) slots[kAhead] = load(m + kAhead + 1);
     return current;

@@ -47,7 +47,7 @@ MK_HD Verdict judge(const SweepArgs& a, int m, const Packed<kDType>& packed, con
   if (a.stage[m] == kStageKeys) {
     // In the width of the key: 64-bit comparisons would be the larger part of this pass.
     const Key lo = Key(a.lo[m]), hi = Key(a.hi[m]);
-#pragma unroll
+    MK_UNROLL
     for (int j = 0; j < kGroup; ++j) {
       const Key key = key_of(C(d[j] - x0[j]));
       v.ahead |= unsigned(key > hi && j < n) << j;
@@ -57,11 +57,11 @@ MK_HD Verdict judge(const SweepArgs& a, int m, const Packed<kDType>& packed, con
     return v;
   }
   unsigned tied = 0;
-#pragma unroll
+  MK_UNROLL
   for (int j = 0; j < kGroup; ++j) tied |= unsigned(std::uint64_t(key_of(C(d[j] - x0[j]))) == a.tau[m] && j < n) << j;
   std::uint32_t words[kGroup] = {};
   if (a.by_word && tied != 0) tie_words(a.seed, a.tensor, m, a.piece, first, a.quads, tied, words);
-#pragma unroll
+  MK_UNROLL
   for (int j = 0; j < kGroup; ++j) {
     v.ordinal[j] = 0;
     if ((tied >> j & 1u) == 0) continue;
@@ -88,7 +88,7 @@ MK_HD void sweep_group(const SweepArgs& a, std::int64_t first, int n, Visit& vis
   };
   Pipeline<kDType> pipeline;
   pipeline.start(a.num_models, load);
-#pragma unroll 1
+  MK_ROLLED
   for (int m = 0; m < a.num_models; ++m) {
     const Packed<kDType> packed = pipeline.next(m, a.num_models, load);
     if (a.stage[m] != kStageLeftOut) visit(m, judge<kDType>(a, m, packed, x0, first, n));

@@ -41,7 +41,7 @@ template <class C>
 MK_HD unsigned keep_mask(const StreamArgs<C>& a, int m, const C* d, std::int64_t first, int n) {
   using Signed = typename KeyOf<C>::SignedKey;
   unsigned kept = 0, tied = 0;
-#pragma unroll
+  MK_UNROLL
   for (int j = 0; j < kGroup; ++j) {
     const Signed key = Signed(key_of(d[j]));
     kept |= unsigned(key > a.bound[m]) << j;
@@ -51,7 +51,7 @@ MK_HD unsigned keep_mask(const StreamArgs<C>& a, int m, const C* d, std::int64_t
   std::uint32_t words[kGroup] = {};
   if (a.rule[m] == kTiesHash) tie_words(a.seed, a.tensor, m, a.piece, first, a.quads, tied, words);
   const std::uint32_t cut = a.rule[m] == kTiesHash ? a.word[m] : 0;
-#pragma unroll
+  MK_UNROLL
   for (int j = 0; j < kGroup; ++j) {
     if ((tied >> j & 1u) == 0) continue;
     kept |= unsigned(hash_tie_kept(words[j], flat_index(a.piece, first + j), cut, a.index[m])) << j;
@@ -98,7 +98,7 @@ MK_HD void copy_group(const StreamArgs<C>& a, std::int64_t first, int n, Tally& 
   C y[kGroup];
   widen(packed, y);
   unsigned nonzero = 0, above = 0, below = 0;
-#pragma unroll
+  MK_UNROLL
   for (int j = 0; j < kGroup; ++j) {
     if (a.scaled) y[j] = y[j] * a.scale;
     nonzero |= unsigned(y[j] != C(0) && j < n) << j;
@@ -138,13 +138,13 @@ MK_HD void add_model(const StreamArgs<C>& a, int m, const Packed<kDType>& packed
   C d[kGroup];
   widen(packed, d);
   // Without a base x0 is +0, and x - (+0) has the bits of x.
-#pragma unroll
+  MK_UNROLL
   for (int j = 0; j < kGroup; ++j) d[j] = d[j] - x0[j];
   const unsigned kept = keep_mask(a, m, d, first, n);
   const C weight = a.weights[m];
   const bool by_count = a.divisor == kDivisorAgreeingCount;
   unsigned nonzero = 0;
-#pragma unroll
+  MK_UNROLL
   for (int j = 0; j < kGroup; ++j) {
     const C e = (kept >> j & 1u) != 0 ? d[j] : C(0);
     const C w = weight * e;
@@ -176,12 +176,11 @@ MK_HD C finish(const StreamArgs<C>& a, const Sums<C>& sums, C x0, int j) {
     y = vote > 0 ? sums.plus[j] : vote < 0 ? sums.minus[j] : C(0);
     divisor = vote > 0 ? sums.plus_divisor[j] : vote < 0 ? sums.minus_divisor[j] : C(0);
   }
-  if (a.divisor == kDivisorValue) {
-    y = y / a.divisor_value;
-  } else if (a.divisor == kDivisorAgreeingWeights) {
-    y = y / (divisor == C(0) ? C(1) : divisor);
-  } else if (a.divisor == kDivisorAgreeingCount) {
-    y = y / (divisor < C(1) ? C(1) : divisor);
+  if (a.divisor != kDivisorNone) {
+    if (a.divisor == kDivisorValue) divisor = a.divisor_value;
+    if (a.divisor == kDivisorAgreeingWeights) divisor = divisor == C(0) ? C(1) : divisor;
+    if (a.divisor == kDivisorAgreeingCount) divisor = divisor < C(1) ? C(1) : divisor;
+    y = y / divisor;
   }
   if (a.scaled) y = y * a.scale;
   if (a.base != nullptr) y = x0 + y;
@@ -206,12 +205,12 @@ MK_HD void stream_group(const StreamArgs<C>& a, std::int64_t first, int n, Tally
   const auto load = [&a, first, n](int m) { return load_packed<kDType>(a.models[m], first, n, a.aligned); };
   Pipeline<kDType> pipeline;
   pipeline.start(a.num_models, load);
-#pragma unroll 1
+  MK_ROLLED
   for (int m = 0; m < a.num_models; ++m)
     add_model<kDType, kStats>(a, m, pipeline.next(m, a.num_models, load), x0, first, n, &sums, tally);
   if (kStats) {
     unsigned positive = 0, negative = 0;
-#pragma unroll
+    MK_UNROLL
     for (int j = 0; j < kGroup; ++j) {
       positive |= unsigned(sums.total[j] > C(0) && j < n) << j;
       negative |= unsigned(sums.total[j] < C(0) && j < n) << j;
@@ -220,7 +219,7 @@ MK_HD void stream_group(const StreamArgs<C>& a, std::int64_t first, int n, Tally
   }
   if (a.out == nullptr) return;
   C y[kGroup];
-#pragma unroll
+  MK_UNROLL
   for (int j = 0; j < kGroup; ++j) y[j] = finish(a, sums, x0[j], j);
   write_result<kStats>(a, y, first, n, tally);
 }
@@ -243,7 +242,7 @@ MK_HD void add_squares(const NormArgs<C>& a, int m, std::int64_t first, int n, d
   C d[kGroup], x0[kGroup] = {};
   widen(load_packed<kDType>(a.models[m], first, n, a.aligned), d);
   if (a.base != nullptr && !a.copy) widen(load_packed<kDType>(a.base, first, n, a.aligned), x0);
-#pragma unroll
+  MK_UNROLL
   for (int j = 0; j < kGroup; ++j) {
     C v = d[j] - x0[j];
     if (a.copy && a.scaled) v = v * a.scale;

@@ -1,0 +1,107 @@
+"""The GPU backends on real devices, bit for bit against the reference; elsewhere only what they say about it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from typing import Any
+
+import pytest
+
+pytest.register_assert_rewrite("gpu_matrix", "gpu_cases")
+
+import torch  # noqa: E402
+
+from gpu_matrix import SEED, TENSOR, check_stream, check_sweep, inputs, key_interval, tau_of  # noqa: E402
+from mergekernels import _cpu  # noqa: E402
+from mergekernels._native import view_of  # noqa: E402
+from mergekernels.backends import reference  # noqa: E402
+from mergekernels.backends._device import place  # noqa: E402
+from mergekernels.ops.program import Keep, Program, Sweep  # noqa: E402
+from mergekernels.tensors import BF16, F32, Piece, TensorView  # noqa: E402
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter is no device", allow_module_level=True)
+
+DEVICE = "cuda:0"
+BACKENDS = {name: importlib.import_module(f"mergekernels.backends.{name}") for name in ("triton", "cuda")}
+REASONS = {
+    name: backend.why_not("stream", [TensorView(0, (0,), (1,), BF16, device=DEVICE)])
+    for name, backend in BACKENDS.items()
+}
+
+if None in REASONS.values():
+    from gpu_cases import *  # noqa: F403
+
+
+@pytest.fixture(params=BACKENDS)
+def target(request: pytest.FixtureRequest) -> tuple[Any, str]:
+    if REASONS[request.param] is not None:
+        pytest.skip(f"{request.param}: {REASONS[request.param]}")
+    return BACKENDS[request.param], DEVICE
+
+
+def test_many_blocks(target: Any) -> None:
+    """More elements than the device holds threads, so that every block loops."""
+    n = (1 << 24) + 12345
+    x0, models = inputs(n, BF16, 3, "weights", seed=1)
+    keep = tuple(Keep(tau_of(x, x0, F32, 0.2), "hash", 1 << 31, n // 2) for x in models)
+    fields = {"consensus": "sum", "divisor": "agreeing_weights"}
+    check_stream(*target, Program((1.0, 0.5, -0.5), keep, seed=SEED, tensor=TENSOR, **fields), x0, models, BF16)
+    intervals = tuple(key_interval(x, x0, F32, 0.19, 0.21) for x in models)
+    check_sweep(*target, Sweep(intervals, "hash", True, SEED), x0, models)
+    check_sweep(*target, Sweep(intervals, "hash", True, SEED), x0, models, capacity=10)
+
+
+def test_repeated_calls_give_the_same_bits(target: Any) -> None:
+    x0, models = inputs(1 << 20, BF16, 3, "weights", seed=2)
+    keep = tuple(Keep(tau_of(x, x0, F32, 0.3), "hash", 1 << 30, 5) for x in models)
+    program = Program((1.0, 1.0, 1.0), keep, seed=1, tensor=1, consensus="sum", divisor="agreeing_count")
+    first = check_stream(*target, program, x0, models, BF16)
+    for _ in range(3):
+        assert torch.equal(check_stream(*target, program, x0, models, BF16), first)
+
+
+def test_placed_backend_serves_tensors_in_host_memory(target: Any) -> None:
+    """As the engine uses it: tiles in host memory, the result back in host memory."""
+    backend, device = target
+    placed = place(backend, device)
+    assert placed.why_not("stream", [TensorView(0, (0,), (1,), BF16)]) is None
+    n = 4096 + 7
+    x0, models = inputs(n, BF16, 2, "weights", seed=3)
+    assert x0 is not None
+    program = Program((0.5, 0.5), (None, None))
+    results = []
+    for run in (reference, placed):
+        out = torch.empty_like(x0)
+        stats = _cpu.StreamStats(2, 2)
+        views = [view_of(x) for x in (x0, *models)]
+        run.stream(program, Piece.flat(0, n), views[0], views[1:], view_of(out), compute=F32, stats=stats, threads=1)
+        results.append((out.view(torch.int16), stats.sum_squares(0), stats.sum_squares(1), stats.kept(0)))
+    assert torch.equal(results[0][0], results[1][0]) and results[0][1:] == results[1][1:]
+
+
+def test_a_launch_that_fails_raises_the_reason() -> None:
+    """The native module imports without a driver; only a launch says what is missing."""
+    native = pytest.importorskip("mergekernels._cuda", reason="the native module _cuda is not built")
+    count, why = native.devices()
+    if count:
+        pytest.skip("a GPU is there")
+    assert why
+    program = ([1.0], [None], False, 0, 1, 0, 1.0, 1.0, False, 0, 0)
+    with pytest.raises(RuntimeError, match="failed on CUDA device 0: "):
+        native.stream(program, (0, 1, 8, 8), 0, [64], 128, 2, 2, 2, False, 0, 1, 0, 0)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_why_not_without_a_gpu(name: str) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is there")
+    backend = BACKENDS[name]
+    if name == "cuda" and importlib.util.find_spec("mergekernels._cuda") is None:
+        assert "_cuda is not built" in str(backend.why_not("stream", []))
+        return
+    assert "no GPU" in str(backend.why_not("stream", []))
+    assert "no GPU" in str(place(backend, "cuda").why_not("stream", [TensorView(0, (0,), (1,), BF16)]))
+    assert "GPU" in str(backend.why_not("stream", [TensorView(0, (0,), (1,), BF16)]))
