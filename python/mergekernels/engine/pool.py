@@ -89,20 +89,27 @@ def for_each(
             stop.set()
         finally:
             reader.close()
+            with lock:
+                running.pop()
+                if not running:
+                    ended.release()
 
-    team = [threading.Thread(target=run, daemon=True) for _ in range(max(1, threads))]
+    running = [True] * max(1, threads)
+    ended = threading.Lock()
+    ended.acquire()
+    team = [threading.Thread(target=run, daemon=True) for _ in running]
     for thread in team:
         thread.start()
     try:
-        for thread in team:
-            while thread.is_alive():
-                thread.join(_TICK)
-                if tick is not None:
-                    tick()
+        # Not `join`: before Python 3.13, one that a signal interrupts takes the thread for ended while it runs.
+        while not ended.acquire(timeout=_TICK):
+            if tick is not None:
+                tick()
     finally:
         stop.set()
         for thread in team:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
     if errors:
         raise errors[0]
     if tick is not None:

@@ -77,6 +77,8 @@ class Scheduler(Generic[W]):
         self._finished = 0
         self._error: BaseException | None = None
         self._stop = False
+        self._running = 0
+        self._ended = threading.Lock()
         self.peak = 0
 
     def run(self, jobs: Iterable[Job[W]], tick: Callable[[int, str], None] | None = None) -> None:
@@ -94,6 +96,9 @@ class Scheduler(Generic[W]):
         self._finished = 0
         self._admitting = self._stop = False
         self._waiting = self._error = None
+        self._running = len(self._workers)
+        self._ended = threading.Lock()
+        self._ended.acquire()
         threads = [
             threading.Thread(target=self._work, args=(w,), name=f"mergekernels-{i}", daemon=True)
             for i, w in enumerate(self._workers)
@@ -101,11 +106,12 @@ class Scheduler(Generic[W]):
         try:
             for t in threads:
                 t.start()
-            for t in threads:
-                while t.is_alive():
-                    t.join(_TICK)
-                    if tick is not None:
-                        tick(*self._progress())
+            # Not `join`: before Python 3.13, one that a signal interrupts takes the thread for ended while it runs.
+            while not self._ended.acquire(timeout=_TICK):
+                if tick is not None:
+                    tick(*self._progress())
+            if tick is not None:
+                tick(*self._progress())
         finally:
             with self._changed:
                 self._stop = True
@@ -145,6 +151,11 @@ class Scheduler(Generic[W]):
                 self._finish(active)
         except BaseException as error:  # handed to the calling thread
             self.fail(error)
+        finally:
+            with self._changed:
+                self._running -= 1
+                if self._running == 0:
+                    self._ended.release()
 
     def _take(self) -> tuple[_Active[W], int] | None:
         while True:

@@ -27,11 +27,11 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         (str(i), x["label"], plural(x["files"], "file"), plural(x["tensors"], "tensor"), size(x["bytes"]))
         for i, x in enumerate(plan["inputs"])
     ]
-    kinds = [plural(output["tensors"], "tensor")]
-    if output.get("buffers"):
-        kinds.append(plural(output["buffers"], "integer buffer"))
-    if output.get("copies"):
-        kinds.append(f"{count(output['copies'])} copied as they are")
+    kinds = [
+        f"{count(output[key])} {what}"
+        for key, what in (("merged", "merged"), ("buffers", "integer"), ("copies", "copied"))
+        if output.get(key)
+    ]
     parts = [
         f"method     {plan['method']} (dialect {plan['dialect']}, seed {plan['seed']}, NaN: {plan['nan']})",
         f"backend    {plan['backend']} on {plan['device']}, {plural(plan['threads'], 'thread')}",
@@ -39,7 +39,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         indent(table(inputs, right=(3, 4))),
         "parameters",
         indent(_parameters(plan["parameters"])),
-        f"output     {', '.join(kinds)}, {size(output['bytes'])}",
+        f"output     {plural(output['tensors'], 'tensor')} ({', '.join(kinds) or 'none'}), {size(output['bytes'])}",
         indent(
             table(
                 ((f["name"], plural(_number(f["tensors"]), "tensor"), size(f["bytes"])) for f in output["files"][:20]),
@@ -63,7 +63,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     if disk:
         parts.append(f"disk       {size(disk['needed'])} needed, {size(disk['free'])} free at {disk['path']}")
     parts.append(
-        f"time       about {duration(time['seconds'])}, assuming {size(time['read_rate'])}/s read and "
+        f"time       {duration(time['seconds'])} expected, assuming {size(time['read_rate'])}/s read and "
         f"{size(time['write_rate'])}/s written"
     )
     if plan.get("state") in _STATES and disk:
@@ -95,20 +95,26 @@ def _parameters(groups: list[Mapping[str, Any]]) -> str:
 
 
 def _spread(values: Mapping[str, tuple[Any, int, list[str]]]) -> tuple[str, str]:
+    """(the value or its range, who has which)."""
     if len(values) == 1:
         return next(iter(values)), ""
-    if len(values) <= 3:
-        rare = sorted(values.items(), key=lambda item: -item[1][1])
-        return (
-            "varies",
-            "; ".join(
-                f"{text} in {plural(n, 'tensor')}" + (f" ({e[0]}, ...)" if e else "") for text, (_, n, e) in rare
-            ),
-        )
-    flat = [v for value, _, _ in values.values() for v in (value if isinstance(value, (list, tuple)) else [value])]
-    if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in flat):
-        return "varies", f"{len(values)} values between {min(flat):g} and {max(flat):g} (--json lists them)"
-    return "varies", f"{len(values)} values (--json lists them)"
+    span = _span([value for value, _, _ in values.values()]) or "varies"
+    if len(values) > 3:
+        return span, f"{len(values)} values (--json lists them)"
+    ordered = sorted(values.items(), key=lambda item: -item[1][1])
+    who = (f"{text} in {plural(n, 'tensor')}" + (f" ({e[0]}, ...)" if e else "") for text, (_, n, e) in ordered)
+    return span, "; ".join(who)
+
+
+def _span(values: list[Any]) -> str | None:
+    """The range of numbers, or of each model's numbers; None for anything else."""
+    if all(isinstance(v, (list, tuple)) and len(v) == len(values[0]) for v in values):
+        spans = [_span(list(column)) for column in zip(*values, strict=True)]
+        return None if None in spans else "[" + ", ".join(map(str, spans)) + "]"
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+        return None
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def _show(value: Any) -> str:

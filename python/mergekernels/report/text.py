@@ -29,7 +29,9 @@ def plural(value: int, noun: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A duration: "0.4 s", "12 s", "3 min 05 s", "2 h 10 min"."""
+    """A duration: "under 0.1 s", "0.4 s", "12 s", "3 min 05 s", "2 h 10 min"."""
+    if seconds < 0.1:
+        return "under 0.1 s"
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)
