@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 
     from .._cpu import StreamStats, SweepStats
 
-__all__ = ["SLOTS", "Launches", "stream", "sweep"]
+__all__ = ["ENTRIES", "SLOTS", "Launches", "stream", "sweep"]
 
 SLOTS = 32
 """Copies of the counters of `stream`, so that blocks do not queue at one address."""
+
+ENTRIES = 1 << 18
+"""Most entries per model and piece that are brought to the host: beyond it, another pass over the data on the device is
+faster than moving and sorting them."""
 
 _INT64_MAX = (1 << 63) - 1
 
@@ -88,8 +92,8 @@ def sweep(
 ) -> None:
     """`Backend.sweep` by the launches of a backend.
 
-    Entries are collected on the device as long as the statistics have room for them; a model with more is counted in
-    bins by a second pass.
+    Entries are collected on the device as long as the statistics have room for them, at most ENTRIES; a model with more
+    is counted in bins by a second pass. Which of the two happens changes no selection.
     """
     import torch
 
@@ -102,7 +106,7 @@ def sweep(
     there = [m for m, v in enumerate(wanted) if v is not None]
     room = [0] * num_models
     for m in there:
-        room[m] = 0 if stats.overflowed(m) else stats.capacity - stats.inside(m)
+        room[m] = 0 if stats.overflowed(m) else min(ENTRIES, stats.capacity - stats.inside(m))
     first = 3 * num_models + 1
     counters = torch.zeros(4 * num_models + 2, dtype=torch.int64, device=device)
     counters[first:] = _INT64_MAX
