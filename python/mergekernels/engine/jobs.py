@@ -30,8 +30,8 @@ __all__ = ["CopyJob", "MergeJob", "Target"]
 class Target:
     """Where a job writes.
 
-    passed : told of input bytes read for the first time. sync, done : told when a background sync of the unit is due, and
-    when its last tensor is written.
+    passed : told of input bytes read for the first time. sync, done : told when a background sync of the unit is due,
+    and when its last tensor is written.
     """
 
     unit: Unit
