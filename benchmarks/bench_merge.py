@@ -229,7 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write, results/<machine>.json by default")
     parser.add_argument("--peer-env", default=os.environ.get("MERGEKERNELS_PEER_ENV"), help="see make_peer_env.sh")
-    parser.add_argument("--folder", type=Path, default=Path(".bench"), help="for checkpoints and outputs")
+    parser.add_argument("--folder", type=Path, default=HERE.parent / ".bench", help="for checkpoints and outputs")
     parser.add_argument(
         "--small", action="store_true", help="checkpoints of 10 MB: shows that it works, measures nothing"
     )
@@ -240,9 +240,10 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--memory", nargs="+", default=["800MiB", "200MiB"])
     args = parser.parse_args()
+    machine = facts()
     bench = Bench(args)
     results = {
-        "machine": facts(),
+        "machine": machine,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "scale": "small" if args.small else "full",

@@ -26,6 +26,13 @@ from yardsticks import Family, Recorder, records
 MI = 1 << 20
 
 
+_MACHINE: pytest.StashKey[dict[str, Any]] = pytest.StashKey()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_MACHINE] = facts()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("mergekernels")
     group.addoption("--quick", action="store_true", help="1 Mi elements: shows that it runs, measures little")
@@ -92,7 +99,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         path = Path(target)
         whole = json.loads(path.read_text()) if path.exists() else {}
         whole["ops"] = {
-            "machine": facts(),
+            "machine": config.stash[_MACHINE],
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "records": records,
         }

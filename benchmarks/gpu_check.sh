@@ -51,11 +51,12 @@ architecture=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_
 step build 240 "$python" -m pip install --no-build-isolation --no-deps --target "$site" \
     -C cmake.define.CMAKE_CUDA_ARCHITECTURES="$architecture" . || exit 1
 
-tests=(tests/test_gpu_devices.py tests/test_cuda_build.py tests/test_cuda_host.py)
-step tests 150 "$python" -m pytest -q -rs -p no:cacheprovider --junit-xml="$out/tests.xml" "${tests[@]}"
+# From tests/, because the folder kernels/ must not be importable as a package.
+tests=(test_gpu_devices.py test_cuda_build.py test_cuda_host.py)
+step tests 150 env -C "$root/tests" "$python" -m pytest -q -rs -p no:cacheprovider --junit-xml="$out/tests.xml" "${tests[@]}"
 if command -v compute-sanitizer >/dev/null; then
-    step sanitizer 90 compute-sanitizer --error-exitcode 9 --target-processes all "$python" -m pytest -q \
-        -p no:cacheprovider tests/test_gpu_devices.py -k "cuda and (sizes or pieces or in_place) and not repeated"
+    step sanitizer 90 env -C "$root/tests" compute-sanitizer --error-exitcode 9 --target-processes all \
+        "$python" -m pytest -q -p no:cacheprovider test_gpu_devices.py -k "cuda and (sizes or pieces or in_place) and not repeated"
 fi
 step bench 120 env -C "$root/benchmarks" "$python" bench_gpu.py --out "$out/gpu.json"
 cat "$out/bench.log"

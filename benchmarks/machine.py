@@ -37,7 +37,7 @@ def _commit() -> str | None:
 
 
 def facts() -> dict[str, Any]:
-    """Processor, cores that may be used, instruction sets of the build, memory, kernel, versions, commit."""
+    """Processor, cores that may be used, instruction sets of the build, memory, kernel, versions, commit, and how busy the machine is."""
     from mergekernels import _cpu as native
 
     return {
@@ -48,6 +48,7 @@ def facts() -> dict[str, Any]:
         "kernel": os.uname().release,
         "versions": {p: v for p in _PACKAGES if (v := _version(p)) is not None},
         "commit": _commit(),
+        "load_average": round(os.getloadavg()[0], 2),
     }
 
 

@@ -21,7 +21,7 @@ def _header(section: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}, {machine['memory_gib']} GiB; {versions}; "
-        f"commit {machine['commit']}, {section['date'][:10]}."
+        f"commit {machine['commit']}, {section['date'][:10]}, load average at the start {machine['load_average']}."
     )
 
 

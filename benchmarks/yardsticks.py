@@ -67,6 +67,7 @@ class Recorder:
         numel = streams[0].numel()
         self.benchmark.pedantic(run, rounds=self.rounds, warmup_rounds=1, iterations=1)
         seconds = self.benchmark.stats.stats.median
+        peak = max(peak, read_bandwidth(streams))
         rival = min(_timed(eager) for _ in range(2))
         entry = {
             "op": op,
