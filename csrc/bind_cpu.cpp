@@ -38,7 +38,8 @@ mk::View to_view(const ViewTuple& v) {
 mk::Program to_program(const py::tuple& t) {
   if (t.size() != 11) throw py::value_error("a program has 11 fields");
   const auto weights = t[0].cast<std::vector<double>>();
-  const auto keep = t[1].cast<std::vector<std::optional<std::tuple<std::uint64_t, int, std::uint32_t, std::int64_t>>>>();
+  const auto keep =
+      t[1].cast<std::vector<std::optional<std::tuple<std::uint64_t, int, std::uint32_t, std::int64_t>>>>();
   if (weights.empty() || weights.size() > mk::kMaxModels || weights.size() != keep.size())
     throw py::value_error("a program needs one weight and one keep for each of 1 to 64 models");
   mk::Program p{};
@@ -97,7 +98,8 @@ void bind_sweep_stats(py::module_& m) {
       .def("count_ordinal", &S::count_ordinal, py::arg("model"), py::arg("ordinal"), nogil)
       .def("tie_point", &S::tie_point, py::arg("model"), py::arg("rank"), py::arg("tau"), py::arg("order"),
            py::arg("seed"), py::arg("offsets"), py::arg("tensor_ids"), nogil)
-      .def("nonfinite", [](const S& s, int source) { return pair_of(s.nonfinite(source)); }, py::arg("source"))
+      .def(
+          "nonfinite", [](const S& s, int source) { return pair_of(s.nonfinite(source)); }, py::arg("source"))
       .def(
           "add",
           [](S& s, int model, std::int64_t before, const py::buffer& ordinals, const py::buffer& indices) {
@@ -134,7 +136,8 @@ void bind_stream_stats(py::module_& m) {
       .def("kept", &S::kept, py::arg("model"))
       .def("conflicts", &S::conflicts)
       .def("votes", &S::votes)
-      .def("nonfinite", [](const S& s, int source) { return pair_of(s.nonfinite(source)); }, py::arg("source"))
+      .def(
+          "nonfinite", [](const S& s, int source) { return pair_of(s.nonfinite(source)); }, py::arg("source"))
       .def("sum_squares", &S::sum_squares, py::arg("model"), py::call_guard<py::gil_scoped_release>())
       .def(
           "add",
@@ -188,8 +191,8 @@ void bind_ops(py::module_& m) {
   m.def(
       "stream",
       [](const py::tuple& program, const PieceTuple& piece, const std::optional<ViewTuple>& base,
-         const std::vector<ViewTuple>& models, const std::optional<ViewTuple>& out, int compute,
-         mk::StreamStats* stats, int threads, const std::string& isa) {
+         const std::vector<ViewTuple>& models, const std::optional<ViewTuple>& out, int compute, mk::StreamStats* stats,
+         int threads, const std::string& isa) {
         const mk::Kernels& kernels = mk::kernels_of(isa);
         const mk::Program p = to_program(program);
         const mk::View base_view = base ? to_view(*base) : mk::View{};
@@ -229,7 +232,8 @@ void bind_ops(py::module_& m) {
         mk::Comparison c;
         {
           py::gil_scoped_release release;
-          c = mk::compare(reinterpret_cast<const void*>(a), dtype_a, reinterpret_cast<const void*>(b), dtype_b, n, norm);
+          c = mk::compare(reinterpret_cast<const void*>(a), dtype_a, reinterpret_cast<const void*>(b), dtype_b, n,
+                          norm);
         }
         const auto max_ulp = c.measured ? std::optional<std::uint64_t>(c.max_ulp) : std::nullopt;
         return std::make_tuple(c.differing, c.first, c.unbounded, max_ulp, c.max_ulp_at, c.max_abs, c.squares_diff,

@@ -6,6 +6,7 @@ import random
 import struct
 
 import torch
+
 from mergekernels import _cpu
 from mergekernels._native import torch_dtype, view_of
 from mergekernels.backends import cpu, reference

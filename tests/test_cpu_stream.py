@@ -1,4 +1,4 @@
-"""`stream` of the cpu backend against the reference: every instruction set, dtype, shape, value, program, cut and team."""
+"""`stream` of the cpu backend against the reference: instruction sets, dtypes, shapes, values, programs, cuts, team."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from cpu_cases import (
     DTYPES,
     ISAS,

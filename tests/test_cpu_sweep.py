@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from cpu_cases import DTYPES, ISAS, KINDS, misaligned, new_sweep_stats, sweep_facts, values
 from mergekernels import _cpu
 from mergekernels._native import torch_dtype, view_of
@@ -120,7 +121,7 @@ def test_cuts_threads_and_strides_change_nothing(stage: str, order: str) -> None
             facts = sweep_facts(stats, request)
             if capacity == 50:
                 assert stats.overflowed(0)
-                assert [x[:2] + [x[3]] for x in facts[4:]] == [x[:2] + [x[3]] for x in expected[4:]]  # type: ignore[index]
+                assert [[*x[:2], x[3]] for x in facts[4:]] == [[*x[:2], x[3]] for x in expected[4:]]  # type: ignore[index]
                 assert facts[:4] == expected[:4]
             else:
                 assert facts == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from mergekernels import _cpu
 from mergekernels.backends.reference.common import philox, tie_words
 

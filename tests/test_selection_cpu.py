@@ -7,6 +7,7 @@ from typing import Literal
 
 import pytest
 import torch
+
 from cpu_cases import DTYPES, ISAS, new_sweep_stats, values
 from mergekernels._native import torch_dtype, view_of
 from mergekernels.backends import cpu

@@ -59,36 +59,52 @@ template <>
 struct Element<kBF16> {
   using Bits = std::uint16_t;
   template <class C>
-  MK_HD static C load(Bits b) { return C(bf16_to_float(b)); }
+  MK_HD static C load(Bits b) {
+    return C(bf16_to_float(b));
+  }
   template <class C>
-  MK_HD static Bits store(C x) { return float_to_bf16(float(x)); }
+  MK_HD static Bits store(C x) {
+    return float_to_bf16(float(x));
+  }
 };
 
 template <>
 struct Element<kF16> {
   using Bits = std::uint16_t;
   template <class C>
-  MK_HD static C load(Bits b) { return C(half_to_float(b)); }
+  MK_HD static C load(Bits b) {
+    return C(half_to_float(b));
+  }
   template <class C>
-  MK_HD static Bits store(C x) { return float_to_half(float(x)); }
+  MK_HD static Bits store(C x) {
+    return float_to_half(float(x));
+  }
 };
 
 template <>
 struct Element<kF32> {
   using Bits = std::uint32_t;
   template <class C>
-  MK_HD static C load(Bits b) { return C(bits_as<float>(b)); }
+  MK_HD static C load(Bits b) {
+    return C(bits_as<float>(b));
+  }
   template <class C>
-  MK_HD static Bits store(C x) { return float_to_canonical(float(x)); }
+  MK_HD static Bits store(C x) {
+    return float_to_canonical(float(x));
+  }
 };
 
 template <>
 struct Element<kF64> {
   using Bits = std::uint64_t;
   template <class C>
-  MK_HD static C load(Bits b) { return C(bits_as<double>(b)); }
+  MK_HD static C load(Bits b) {
+    return C(bits_as<double>(b));
+  }
   template <class C>
-  MK_HD static Bits store(C x) { return double_to_canonical(double(x)); }
+  MK_HD static Bits store(C x) {
+    return double_to_canonical(double(x));
+  }
 };
 
 }  // namespace mergekernels

@@ -54,7 +54,8 @@ MK_HD bool hash_tie_kept(std::uint32_t word, std::int64_t g, std::uint32_t keep_
   return bool(int(word < keep_word) | (int(word == keep_word) & int(g <= keep_index)));
 }
 
-// The exclusive bound on keys: kept without looking at ties iff key > bound (as signed numbers). "all" lowers tau by one.
+// The exclusive bound on keys: kept without looking at ties iff key > bound (as signed numbers). "all" lowers tau by
+// one.
 template <class C>
 MK_HD typename KeyOf<C>::SignedKey key_bound(const KeepPoint& keep) {
   using Signed = typename KeyOf<C>::SignedKey;

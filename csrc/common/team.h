@@ -10,8 +10,8 @@
 
 namespace mergekernels {
 
-// Runs body(begin, end) over [0, n) in `threads` contiguous chunks that start at multiples of `grain`. The caller takes the
-// first chunk. Rethrows the first exception after all threads have ended.
+// Runs body(begin, end) over [0, n) in `threads` contiguous chunks that start at multiples of `grain`. The caller takes
+// the first chunk. Rethrows the first exception after all threads have ended.
 template <class Body>
 void parallel_ranges(std::int64_t n, std::int64_t grain, int threads, const Body& body) {
   const std::int64_t grains = (n + grain - 1) / grain;

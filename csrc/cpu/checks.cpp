@@ -28,9 +28,11 @@ void check_piece(const Piece& piece) {
 
 void check_view(const View& view, const Piece& piece, const char* what) {
   const std::string name(what);
-  if (view.dtype < kBF16 || view.dtype > kF64) throw std::invalid_argument(name + " has a dtype that is not computed with");
+  if (view.dtype < kBF16 || view.dtype > kF64)
+    throw std::invalid_argument(name + " has a dtype that is not computed with");
   if (view.cast < -1 || view.cast > kF64) throw std::invalid_argument(name + " has a load cast to an unknown dtype");
-  if (view.shape.size() != view.strides.size()) throw std::invalid_argument(name + " needs one stride for each dimension");
+  if (view.shape.size() != view.strides.size())
+    throw std::invalid_argument(name + " needs one stride for each dimension");
   std::int64_t count = 1;
   for (const std::int64_t size : view.shape) count *= size;
   if (count != piece.rows * piece.cols)

@@ -1,4 +1,5 @@
-// The entry points that are compiled once per instruction set. Plain data only: nothing with linkage of its own may cross.
+// The entry points that are compiled once per instruction set. Plain data only: nothing with linkage of its own may
+// cross.
 #pragma once
 
 #include "common/dtype.h"
@@ -36,15 +37,15 @@ struct StreamArgs {
   Source models[kMaxModels];
   void* out;  // null: statistics only
   int out_dtype;
-  int compute;                // kF32 or kF64
-  StreamCounters* counters;   // null: no statistics
-  double* block_sums;         // null: no norms; sum of block j of model t at [t * block_stride + j]
+  int compute;               // kF32 or kF64
+  StreamCounters* counters;  // null: no statistics
+  double* block_sums;        // null: no norms; sum of block j of model t at [t * block_stride + j]
   std::int64_t block_stride;
-  void* scratch;              // stream_scratch_bytes(), aligned to 64
+  void* scratch;  // stream_scratch_bytes(), aligned to 64
 };
 
 constexpr std::int64_t stream_scratch_bytes(int num_models) {
-  // base, result; per model: values, weighted values, ties; lanes of the norms
+  // base, result, spare; per model: values, ties, lanes of the norms, and less than a block of counters
   return std::int64_t(kBlock) * 8 * (4 + 4 * std::int64_t(num_models));
 }
 

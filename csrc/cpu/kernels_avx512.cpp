@@ -1,9 +1,4 @@
 // The kernels for x86-64-v4.
 #define MK_ISA avx512
 #define MK_VECTOR_BYTES 64
-#include "cpu/vector.inc"
-#include "cpu/load.inc"
-#include "cpu/philox.inc"
-#include "cpu/stream.inc"
-#include "cpu/select.inc"
-#include "cpu/table.inc"
+#include "cpu/kernels.inc"

@@ -58,7 +58,7 @@ class SweepStats {
   struct Model {
     Interval interval;
     std::int64_t before = 0, inside = 0;
-    std::deque<Entry> entries;      // until they overflow; grows without moving
+    std::deque<Entry> entries;       // until they overflow; grows without moving
     std::vector<std::int64_t> bins;  // then
   };
 

@@ -2,8 +2,8 @@
 #include <functional>
 #include <stdexcept>
 
-#include "cpu/bytes.h"
 #include "common/philox.h"
+#include "cpu/bytes.h"
 #include "cpu/stats.h"
 
 namespace mergekernels {
@@ -79,7 +79,8 @@ std::vector<std::int64_t> SweepStats::histogram(int model) const {
 
 const std::deque<Entry>& SweepStats::entries_of(int model) const {
   const Model& m = at(model);
-  if (!m.bins.empty()) throw std::invalid_argument("the entries of this model overflowed: only their histogram is left");
+  if (!m.bins.empty())
+    throw std::invalid_argument("the entries of this model overflowed: only their histogram is left");
   return m.entries;
 }
 
