@@ -37,7 +37,7 @@ def _commit() -> str | None:
 
 
 def facts() -> dict[str, Any]:
-    """Processor, usable cores, instruction set in use, memory, kernel, versions, commit, and how busy the machine is."""
+    """Processor, usable cores, instruction set in use, memory, kernel, versions, commit, and the load."""
     from mergekernels import _cpu as native
 
     return {
