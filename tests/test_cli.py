@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -349,3 +351,42 @@ def test_a_full_disk_behind_the_log_does_not_break_a_merge(root, tmp_path):
         done = subprocess.run(line, stdout=full, stderr=full, env=environment())
     assert done.returncode == 0
     assert published(tmp_path / "out") == published(root / "out")
+
+
+def test_the_documentation_has_every_option_and_status():
+    text = (Path(__file__).parent.parent / "docs" / "command-line.md").read_text()
+    for name in ("", "run", "plan", "verify", "diff", "inspect", "methods", "backends"):
+        listing = call(*([name] if name else []), "--help").stdout
+        options = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", listing.split("Options:")[1].split("Exit status")[0]))
+        assert "--help" in options
+        for option in options:
+            assert f"`{option}" in text or f" {option}`" in text, (name, option)
+        if name:
+            assert f"## {name}" in text or f"and {name}" in text
+    for status in re.findall(r"^ {4}(\d+) ", call("--help").stdout, re.MULTILINE):
+        assert f"| {status} |" in text
+    for variable in re.findall(r"MERGEKERNELS_\w+", call("--help").stdout):
+        assert f"| `{variable}` |" in text
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_a_terminal_gets_a_bar(root, tmp_path):
+    main, terminal = os.openpty()
+    line = command("run", root / "recipe.yml", tmp_path / "out", "--backend", "reference")
+    process = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=terminal, env=environment(TERM="xterm", COLUMNS="120")
+    )
+    os.close(terminal)
+    drawn = b""
+    while True:
+        try:
+            part = os.read(main, 65536)
+        except OSError:
+            break
+        if not part:
+            break
+        drawn += part
+    os.close(main)
+    stdout, _ = process.communicate()
+    assert process.returncode == 0 and b"checkpoint_sha256" in stdout
+    assert (b"merge" in drawn and b"\x1b[" in drawn and b"MiB" in drawn) or b"kB" in drawn or b"bytes" in drawn

@@ -129,16 +129,17 @@ class Bar:
             if phase != self._phase:
                 if self._task is not None:
                     self._bar.remove_task(self._task)
-                self._task = self._bar.add_task(phase, total=total or None)
+                self._task = self._bar.add_task(phase, total=total or None, tensor="")
                 self._phase = phase
             self._bar.update(self._task, completed=done, total=total or None, tensor=tensor[-40:])
-        except (OSError, ValueError):
+        except Exception:
+            # Whatever happens to a terminal, the work goes on.
             self._broken = True
 
     def close(self) -> None:
         """Takes the bar away."""
         if self._bar is not None:
-            with suppress(OSError, ValueError):
+            with suppress(Exception):
                 self._bar.stop()
             self._bar = None
 
