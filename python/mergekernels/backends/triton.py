@@ -56,7 +56,8 @@ def why_not(op: str, views: Sequence[TensorView]) -> str | None:
         return None
     if kind == "cpu":
         return "it computes on a GPU, or in host memory with TRITON_INTERPRET=1 set before start"
-    return no_gpu()
+    reason = no_gpu()
+    return None if reason is None else f"{reason}; with TRITON_INTERPRET=1 set before start it computes in host memory"
 
 
 def sweep(
