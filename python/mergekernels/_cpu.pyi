@@ -128,6 +128,9 @@ def stream(
 ) -> None:
     """Runs the fused pass on one piece; without `out` only the statistics are taken.
 
+    With norms (`stats` with blocks) a piece must be flat, begin at a multiple of 4096 and, but for the tensor's last block,
+    hold whole blocks; ValueError otherwise. float64 goes to 16 bits through float32, as in torch.
+
     program: (weights, keep, base, consensus, zero_vote, divisor, divisor_value, scale, copy, seed, tensor) with keep a list of None or
     (tau, ties, word, index), ties 0 all, 1 none, 2 hash, 3 index; consensus 0 none, 1 sum; divisor 0 none, 1 value,
     2 agreeing_weights, 3 agreeing_count.
