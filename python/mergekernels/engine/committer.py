@@ -36,7 +36,12 @@ class Committer:
         if kind is not None:
             self._give_up = True
         self._queue.put(None)
-        self._thread.join()
+        try:
+            self._thread.join()
+        except BaseException:  # interrupted: the commit in work is finished, the others are left to the next attempt
+            self._give_up = True
+            self._thread.join()
+            raise
 
     def sync(self, unit: Unit) -> None:
         """A background sync of what has been written."""

@@ -11,8 +11,9 @@ from ..backends.dispatch import Backend, load
 from ..errors import DataError
 from ..tensors import CANONICAL_BLOCK, TensorView
 from .buffers import Tiles
+from .fileops import read_exact
 from .inputs import InputFiles, Stream, streams_of
-from .io import Io, read_exact
+from .io import Io
 from .plan import Plan
 from .resolved import ResolvedTensor
 from .specs import sources_of

@@ -10,8 +10,9 @@ from ..methods.protocol import Coeffs
 from .committer import Committer
 from .context import Context, Worker
 from .events import Progress, ProgressSink, RunReport
+from .fileops import output_error
 from .inputs import Stream, streams_of
-from .io import Io, output_error
+from .io import Io
 from .jobs import CopyJob, MergeJob, Target
 from .layout import OutputFile
 from .plan import Plan
@@ -23,7 +24,7 @@ from .scheduler import Scheduler
 from .specs import sources_of
 from .staging import Staging, published
 from .unit import Unit, sync_failure
-from .waves import check_waves, run_waves
+from .waves import run_waves
 
 __all__ = ["execute"]
 
@@ -188,7 +189,6 @@ def execute(plan: Plan, *, overwrite: bool, progress: ProgressSink | None, io: I
     InputError, DataError, OutputError, BackendError : the staging is left as it is, and the same call resumes.
     """
     run = _Run(plan, io, progress)
-    check_waves(run.ctx)
     staging = run.staging
     try:
         if staging.enter(overwrite=overwrite):

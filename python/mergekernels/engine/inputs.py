@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from ..errors import InputError
 from ..formats.checkpoint import Checkpoint, ShardFile
 from ..tensors import DType
-from .io import Io, read_exact
+from .fileops import read_exact
+from .io import Io
 from .resolved import Source
 
 __all__ = ["InputFiles", "Stream", "streams_of"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod, sqrt
+from math import isfinite, prod, sqrt
 from typing import Any
 
 from .._cpu import StreamStats, SweepStats
@@ -70,6 +70,11 @@ class _Writer:
         record = TensorRecord(tensor.name, tensor.dtype.name, tensor.shape, digest, statistics, tuple(warnings))
         if self._target.unit.finish(record):
             self._target.done(self._target.unit)
+
+
+def _norm(squares: float) -> float | None:
+    """The root, None where it is not a number that JSON has."""
+    return sqrt(squares) if isfinite(squares) else None
 
 
 class MergeJob:
@@ -189,7 +194,7 @@ class MergeJob:
         n = self._n
         statistics = {
             "density": [stats.kept(m) / n for m in models],
-            "norms": [sqrt(stats.sum_squares(m)) for m in models],
+            "norms": [_norm(stats.sum_squares(m)) for m in models],
             "sign_conflicts": stats.conflicts() / n,
         }
         self._stats = None

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..backends._device import place
 from ..backends.dispatch import pick, requested
-from ..errors import ArgumentError, BackendError, MergeError, OutputError, PlanError
+from ..errors import ArgumentError, BackendError, InputError, MergeError, OutputError, PlanError
 from ..methods import get
 from ..methods.protocol import Method, Round
 from ..tensors import BF16, TensorView
@@ -124,7 +124,7 @@ def make_plan(
     digest = plan_hash(merge, files, small)
     target = None if out is None else Path(os.path.abspath(out))
     state: OutState = None
-    problems: list[MergeError] = []
+    problems = _check_sizes(merge)
     if target is not None:
         problems += _check_target(target, merge)
         if not problems:
@@ -170,13 +170,36 @@ def _budget(merge: ResolvedMerge, memory: str | int | None, threads: int, device
 def _passes(specs: Specs, method: Method) -> tuple[int, bool]:
     """(full reads, whether a sample is taken) that are expected of the most demanding tensor."""
     reads, sampled = 1, False
-    for index in specs.members[:1] if specs.scope == "model" else specs.members:
-        state = method.start(specs.spec(index))
+    if specs.model_scope is not None:
+        states = [specs.first_state(method)[1]]
+    else:
+        states = [method.start(specs.spec(i)) for i in specs.members]
+    for state in states:
         if isinstance(state, Round):
             reads = max(reads, 2)
             if state.selection is not None and state.selection.sample < 1.0:
                 sampled = True
     return reads, sampled
+
+
+def _check_sizes(merge: ResolvedMerge) -> list[MergeError]:
+    """Sources whose bytes are not those of the output tensor's shape."""
+    problems: list[MergeError] = []
+    for t in merge.tensors:
+        for s in sources_of(t):
+            info = merge.inputs[s.input].tensors[s.tensor]
+            same = info.dtype is t.dtype or t.action == "merge"
+            if info.nbytes != prod(t.shape) * info.dtype.itemsize or not same:
+                problems.append(
+                    InputError(
+                        f"input {merge.inputs[s.input].path} does not fit",
+                        code="input.shape",
+                        tensor=s.tensor,
+                        expected=f"{t.dtype} {list(t.shape)}",
+                        got=f"{info.dtype} {list(info.shape)}",
+                    )
+                )
+    return problems
 
 
 def _check_target(out: Path, merge: ResolvedMerge) -> list[MergeError]:

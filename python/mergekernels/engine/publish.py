@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..errors import OutputError
 from .context import Context
-from .io import fsync_dir, publish_swap, write_small
+from .fileops import fsync_dir, publish_swap, write_small
 from .manifest import manifest_bytes
 from .receipts import Receipt
 from .staging import MANIFEST_NAME, Staging

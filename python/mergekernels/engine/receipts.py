@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .fileops import read_small, write_small
 from .identity import canonical_json
-from .io import Io, read_small, write_small
+from .io import Io
 from .staging import Staging
 
 __all__ = ["Receipt", "TensorRecord", "read_receipt", "write_receipt"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import MergeError
 from .context import Context, Worker
 from .digests import file_sha256
-from .io import read_exact
+from .fileops import read_exact
 from .layout import OutputFile, PlacedTensor
 from .receipts import Receipt, read_receipt
 from .scheduler import Scheduler

@@ -12,7 +12,8 @@ from typing import Any
 from .._version import __version__
 from ..errors import InputError
 from ..formats.checkpoint import Checkpoint
-from .io import Io, read_small
+from .fileops import read_small
+from .io import Io
 from .resolved import ResolvedMerge
 
 __all__ = ["RECIPE_NAME", "SmallFile", "small_files"]

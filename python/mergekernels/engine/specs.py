@@ -6,7 +6,7 @@ from math import prod
 from typing import Literal
 
 from ..errors import InputError
-from ..methods.protocol import Method, Spec
+from ..methods.protocol import Coeffs, Method, Round, Spec
 from ..ops.selection import Scope
 from ..tensors import DType, compute_dtype, tensor_id
 from .resolved import ResolvedMerge, ResolvedTensor, Source
@@ -59,6 +59,27 @@ class Specs:
             total += prod(tensor.shape)
         wide = any(c.name == "F64" for c in self._compute)
         return Scope(tuple(offsets), tuple(ids), total, "F64" if wide else "F32")
+
+    def first_state(self, method: Method) -> tuple[list[Spec], Round | Coeffs]:
+        """In the model's scope: the specs of all members, and the state from which all of them start.
+
+        Raises
+        ------
+        InputError : members ask for unlike measurements.
+        """
+        specs = [self.spec(i) for i in self.members]
+        states = [method.start(spec) for spec in specs]
+        for spec, state in zip(specs, states, strict=True):
+            if state != states[0]:
+                raise InputError(
+                    "what is measured over the whole model must be asked for alike by all tensors",
+                    code="scope.unequal",
+                    tensor=spec.name,
+                    expected=f"the parameters of tensor '{specs[0].name}'",
+                    got="parameters that change with the tensor, or another number of models",
+                    hint="Give density one value per model, without filters and gradients, or use scope: tensor.",
+                )
+        return specs, states[0]
 
     def spec(self, index: int) -> Spec:
         """The spec of `merge.tensors[index]`, which must be a member."""

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import OutputError
-from .io import Io, fsync_dir, output_error, read_small, remove_tree
+from .fileops import fsync_dir, output_error, read_small, remove_tree
+from .io import Io
 
 __all__ = ["MANIFEST_NAME", "OutState", "Staging", "inspect_out", "published"]
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from ..errors import OutputError
 from .digests import file_sha256
-from .io import Io, create, fsync_dir, output_error, read_exact, write_exact
+from .fileops import create, fsync_dir, output_error, read_exact, write_exact
+from .io import Io
 from .layout import OutputFile
 from .receipts import Receipt, TensorRecord, write_receipt
 from .staging import Staging

@@ -13,16 +13,16 @@ from collections.abc import Callable
 from math import prod
 
 from .._cpu import StreamStats, SweepStats
-from ..errors import InputError
 from ..methods.protocol import Coeffs, Round, Spec
 from .context import Context, OpenTensor, Worker
-from .io import read_small, write_small
+from .fileops import read_small, write_small
 from .layout import OutputFile
 from .measure import Measure, new_statistics
+from .readahead import ReadAhead
 from .scheduler import Scheduler
 from .staging import Staging
 
-__all__ = ["check_waves", "run_waves"]
+__all__ = ["run_waves"]
 
 _COPIES = 3
 """Statistics held at once: those of the file in work, their serialised form, and the sum."""
@@ -37,8 +37,9 @@ class _MeasureJob:
     least = 0
     granted = 0
 
-    def __init__(self, source: OpenTensor, measure: Measure) -> None:
+    def __init__(self, source: OpenTensor, measure: Measure, passed: Callable[[int], None]) -> None:
         self._source = source
+        self._passed = passed
         self._measure = measure
         self.name = source.tensor.name
         self.tiles = measure.tiles
@@ -54,35 +55,12 @@ class _MeasureJob:
         before = worker.bytes_read
         self._measure.run(worker, index)
         self.moved += worker.bytes_read - before
+        self._passed(worker.bytes_read - before)
 
     def advance(self) -> bool:
         """The only pass is over."""
         self._source.close()
         return False
-
-
-def _first_state(ctx: Context) -> tuple[list[Spec], Round | Coeffs]:
-    """The specs of all tensors of the scope, and the state from which all of them start."""
-    plan = ctx.plan
-    specs = [plan.specs.spec(i) for i in plan.specs.members]
-    states = [plan.method.start(spec) for spec in specs]
-    for spec, state in zip(specs, states, strict=True):
-        if state != states[0]:
-            raise InputError(
-                "what is measured over the whole model must be asked for alike by all tensors",
-                code="scope.unequal",
-                tensor=spec.name,
-                expected=f"the parameters of tensor '{specs[0].name}'",
-                got="parameters that change with the tensor, or another number of models",
-                hint="Give density one value per model, without filters and gradients, or use scope: tensor.",
-            )
-    return specs, states[0]
-
-
-def check_waves(ctx: Context) -> None:
-    """Refuses a merge in model scope whose tensors would not measure alike. Reads nothing."""
-    if ctx.plan.specs.model_scope is not None:
-        _first_state(ctx)
 
 
 def run_waves(
@@ -103,7 +81,7 @@ def run_waves(
     scope = ctx.plan.specs.model_scope
     if scope is None:
         return None
-    specs, state = _first_state(ctx)
+    specs, state = ctx.plan.specs.first_state(ctx.plan.method)
     number = 0
     while isinstance(state, Round):
         number += 1
@@ -167,8 +145,10 @@ class _Wave:
             measures = self._measures(file, stats)
             known = self._read(file)
             if known is None:
-                jobs = [_MeasureJob(m.source, m) for m in measures if m.tiles]
-                scheduler.run(jobs, lambda done, name: tick(self._done + done, self._total, name))
+                whole = (m.source.streams for m in measures if not m.sampled)
+                with ReadAhead(self._ctx.inputs, whole, scheduler.fail) as ahead:
+                    jobs = [_MeasureJob(m.source, m, ahead.passed) for m in measures if m.tiles]
+                    scheduler.run(jobs, lambda done, name: tick(self._done + done, self._total, name))
                 self._write(file, stats)
             else:
                 stats = known
