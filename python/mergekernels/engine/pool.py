@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from ..errors import InputError
-from .io import Io, read_exact
+from .fileops import read_exact
+from .io import Io
 
 __all__ = ["Reader", "for_each"]
 
