@@ -18,7 +18,7 @@ from .staging import Staging
 
 __all__ = ["SyncFailed", "Unit", "sync_failure"]
 
-SYNC_BYTES = 256 << 20
+SYNC_BYTES = 32 << 20
 """Output bytes after which a background fdatasync is asked for, so that the last sync finds little to do."""
 
 
