@@ -24,21 +24,25 @@ class OrderedDigest:
         self._busy = False
 
     def add(self, index: int, data: memoryview, again: Callable[[int], memoryview]) -> None:
-        """Tile `index` has been written; `data` is its bytes. again : gives the bytes of another written tile."""
+        """Tile `index` has been written; `data` is its bytes.
+
+        again : gives the bytes of another written tile, possibly in the memory of `data`.
+        """
         with self._lock:
             self._written[index] = 1
-            if self._busy:
+            if self._busy or not self._written[self._cursor]:
                 return
             self._busy = True
+        # Nobody hashed when this tile came, so it is the one whose turn it is. From then on `data` may be overwritten.
+        self._sha.update(data)
         while True:
             with self._lock:
+                self._cursor += 1
                 turn = self._cursor
                 if turn == len(self._written) or not self._written[turn]:
                     self._busy = False
                     return
-            self._sha.update(data if turn == index else again(turn))
-            with self._lock:
-                self._cursor += 1
+            self._sha.update(again(turn))
 
     def hexdigest(self) -> str:
         """The digest, after all tiles."""
