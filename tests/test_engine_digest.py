@@ -34,9 +34,10 @@ def test_any_order(order: tuple[int, ...]) -> None:
 class _Interleaving:
     """A lock that lets another thread's call in after it is released for the first time."""
 
-    def __init__(self, between: list[tuple[int, bytes]], digest: OrderedDigest) -> None:
+    def __init__(self, between: list[int], data: list[bytes], digest: OrderedDigest) -> None:
         self._lock = threading.Lock()
         self._between = between
+        self._data = data
         self._digest = digest
 
     def __enter__(self) -> None:
@@ -45,8 +46,8 @@ class _Interleaving:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
         if self._between:
-            index, raw = self._between.pop()
-            self._digest.add(index, memoryview(raw), lambda other: memoryview(b"not asked for"))
+            index = self._between.pop()
+            self._digest.add(index, memoryview(self._data[index]), lambda other: memoryview(self._data[other]))
 
 
 @pytest.mark.parametrize("first", [0, 1, 2])
@@ -54,7 +55,7 @@ def test_a_predecessor_that_arrives_in_between_is_not_hashed_for_the_tile_in_han
     data = tiles(3)
     digest = OrderedDigest(3)
     rest = [i for i in range(3) if i != first]
-    digest._lock = _Interleaving([(rest[0], data[rest[0]])], digest)  # type: ignore[assignment]
+    digest._lock = _Interleaving([rest[0]], data, digest)  # type: ignore[assignment]
     buffers = {first: bytearray(data[first]), rest[1]: bytearray(data[rest[1]])}
     for index, buffer in buffers.items():
 
