@@ -2,6 +2,7 @@
 # Trains, merges with the command line under every recipe, verifies each output, evaluates all.
 # usage: examples/demo/run.sh [FOLDER]      FOLDER defaults to demo_out; python and mergekernels come from PATH
 set -euo pipefail
+export LC_ALL=C
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 folder=${1:-demo_out}
 rm -rf "$folder/checkpoints" "$folder/merged" "$folder/merges.tsv"

@@ -72,11 +72,14 @@ def make_checkpoint(folder: Path, name: str) -> None:
 class Case:
     """A recipe and what may differ.
 
-    recipe : YAML. dtypes : whether "dtype: float32" and "out_dtype: bfloat16" are appended. trimmed : model -> density
-    of that model for a tensor name, for recipes that trim; elements whose magnitude ties with
-        such a threshold may differ, because mergekit's unstable sort chooses among equals in its own way.
-    linear, normalize : weights of a linear recipe without filters and gradients. mergekit multiplies and adds in one
-        rounding (addcmul), we in two: both are computed again and must come out bit for bit.
+    recipe : YAML. dtypes : whether "dtype: float32" and "out_dtype: bfloat16" are appended.
+    trimmed : model -> density of that model for a tensor name, for recipes that trim; elements whose magnitude ties
+        with such a threshold may differ, because mergekit's unstable sort chooses among equals in its own way.
+    ties : weights of a ties recipe without filters and gradients: at every difference both results must be what comes
+        out when each tied delta is either kept or dropped.
+    linear : weights of a linear recipe without filters and gradients. mergekit multiplies and adds in one rounding
+        (addcmul), we in two: both are computed again and must come out bit for bit.
+    normalize, scale : of `ties` and `linear`.
     rounding : most elements in a million that may differ for the same reason where `linear` cannot say it.
     """
 
@@ -84,8 +87,10 @@ class Case:
     dtypes: bool = True
     trimmed: dict[str, Callable[[str], float]] = field(default_factory=dict)
     base: str = "base"
+    ties: dict[str, float] = field(default_factory=dict)
     linear: dict[str, float] = field(default_factory=dict)
     normalize: bool = True
+    scale: float = 1.0
     rounding: int = 0
 
     def text(self, folder: Path) -> str:
@@ -114,10 +119,21 @@ def _models(method: str, models: dict[str, str], parameters: str, base: str | No
     return "\n".join(lines) + f"\nparameters: {parameters}\n"
 
 
-def _ties(densities: dict[str, float], weights: dict[str, float], rest: str = "", base: str = "base") -> Case:
+def _ties(
+    densities: dict[str, float],
+    weights: dict[str, float],
+    *,
+    base: str = "base",
+    normalize: bool = True,
+    scale: float = 1.0,
+    rest: str = "",
+) -> Case:
     models = {m: f"{{density: {densities[m]}, weight: {weights[m]}}}" for m in densities}
+    shared = f"{{normalize: {str(normalize).lower()}, lambda: {scale}{rest}}}"
     trimmed = {m: (lambda _, d=d: d) for m, d in densities.items()}
-    return Case(_models("ties", models, "{" + rest + "}", base), trimmed=trimmed, base=base)
+    recipe = _models("ties", models, shared, base)
+    used = {m: weights[m] for m in densities}
+    return Case(recipe, trimmed=trimmed, base=base, ties=used, normalize=normalize, scale=scale)
 
 
 EQUAL = {"a": 1.0, "b": 1.0, "c": 1.0}
@@ -183,13 +199,13 @@ parameters:
 _TIES = {
     "0.1": _ties(dict.fromkeys(EQUAL, 0.1), EQUAL),
     "0.2-unequal": _ties(dict.fromkeys(EQUAL, 0.2), UNEQUAL),
-    "densities": _ties({"a": 0.2, "b": 0.5, "c": 0.8}, UNEQUAL, "lambda: 1.3"),
-    "0.5-plain-sum": _ties(dict.fromkeys(EQUAL, 0.5), UNEQUAL, "normalize: false"),
-    "0.9-int8-mask": _ties(dict.fromkeys(EQUAL, 0.9), {"a": 0.4, "b": 0.4, "c": 0.4}, "int8_mask: true"),
+    "densities": _ties({"a": 0.2, "b": 0.5, "c": 0.8}, UNEQUAL, scale=1.3),
+    "0.5-plain-sum": _ties(dict.fromkeys(EQUAL, 0.5), UNEQUAL, normalize=False),
+    "0.9-int8-mask": _ties(dict.fromkeys(EQUAL, 0.9), {"a": 0.4, "b": 0.4, "c": 0.4}, rest=", int8_mask: true"),
     "untrimmed": Case(_models("ties", {"a": "", "b": "", "c": ""}, "{weight: 0.5}")),
     "density-0": Case(_models("ties", {"a": "{density: 0}", "b": ""}, "{weight: 0.5}")),
     "tiny": _ties({"a": 1e-9, "b": 0.001}, EQUAL),
-    "float32": _ties({"a32": 0.3, "b32": 0.6}, {"a32": 0.8, "b32": 0.5}, "lambda: 0.6", "base32"),
+    "float32": _ties({"a32": 0.3, "b32": 0.6}, {"a32": 0.8, "b32": 0.5}, base="base32", scale=0.6),
     "five": _ties(dict.fromkeys("abcde", 0.3), dict.fromkeys("abcde", 0.25)),
     "gradients": Case(
         _models("ties", {"a": "{density: [0.2, 0.8]}", "b": "{weight: [1, 0.2], density: 0.5}"}, "{weight: 0.7}"),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peer_arithmetic import linear, threshold, ties_outcomes
 from peer_cases import CASES, MODELS, Case, make_checkpoint
 from safetensors.torch import load_file
 
@@ -38,7 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         recipe.write_text(case.text(root))
         arguments += [str(recipe), str(root / "theirs" / name)]
     driver = Path(__file__).parent / "peer_driver.py"
-    run = subprocess.run([str(Path(PEER) / "bin" / "python"), str(driver), *arguments], capture_output=True, text=True)
+    command = [str(Path(PEER) / "bin" / "python"), str(driver), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr[-4000:]
     return root
 
@@ -69,13 +71,9 @@ def _tied(case: Case, folder: Path) -> dict[str, torch.Tensor]:
     for model, density in case.trimmed.items():
         for name, tensor in _load(folder / model).items():
             magnitude = (tensor.float() - base[name].float()).abs()
-            n = magnitude.numel()
-            if density(name) >= 1:
-                continue
-            k = max(1, int(density(name) * n))
-            threshold = magnitude.flatten().kthvalue(n - k + 1).values
-            if int((magnitude >= threshold).sum()) > k:
-                result[name] |= magnitude == threshold
+            value, cut = threshold(magnitude, density(name))
+            if cut:
+                result[name] |= magnitude == value
     return result
 
 
@@ -84,18 +82,6 @@ def _ordered(x: torch.Tensor) -> torch.Tensor:
     bits = x.view({2: torch.int16, 4: torch.int32}[x.element_size()]).long()
     sign = -(1 << (8 * x.element_size() - 1))
     return torch.where(bits < 0, sign - bits, bits)
-
-
-def _linear(sources: list[tuple[float, torch.Tensor]], normalize: bool, fused: bool) -> torch.Tensor:
-    """The weighted mean in float32, each term rounded with its sum (fused) or before. float64 products are exact."""
-    total = torch.zeros(sources[0][1].shape)
-    divisor = torch.zeros(())
-    for weight, tensor in sources:
-        w = torch.tensor(weight)
-        together = (total.double() + w.double() * tensor.double()).float()
-        total = together if fused else total + w * tensor.float()
-        divisor = divisor + w
-    return total / divisor if normalize else total
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -121,11 +107,19 @@ def test_agreement(folder: Path, name: str) -> None:
         error = (got.double() - expected.double()).abs()[far]
         assert not far.any() or float(error.max()) <= 2**-22 * float(expected.abs().max()), tensor
     print(f"{name}: {elements} elements, {cut} differ at ties, {rounded} in the last bit")
+    if case.ties:
+        base, inputs = _load(folder / case.base), {model: _load(folder / model) for model in case.ties}
+        for tensor, expected in theirs.items():
+            models = [(weight, case.trimmed[m](tensor), inputs[m][tensor]) for m, weight in case.ties.items()]
+            where = ours[tensor] != expected
+            outcomes = ties_outcomes(base[tensor], models, where, case.normalize, case.scale).to(expected.dtype)
+            for result in (ours[tensor], expected):
+                assert bool((outcomes == result[where]).any(0).all()), tensor
     if case.linear:
         inputs = {model: _load(folder / model) for model in case.linear}
         for tensor, expected in theirs.items():
             sources = [(weight, inputs[model][tensor]) for model, weight in case.linear.items()]
-            separate, fused = (_linear(sources, case.normalize, f).to(expected.dtype) for f in (False, True))
+            separate, fused = (linear(sources, case.normalize, f).to(expected.dtype) for f in (False, True))
             assert torch.equal(ours[tensor], separate), tensor
             # A processor or build of torch without fused instructions rounds twice as well.
             assert torch.equal(expected, fused) or torch.equal(expected, separate), tensor
