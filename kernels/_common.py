@@ -47,7 +47,7 @@ def block_size(itemsize: int, interpreted: bool) -> int:
     """Elements per program: 16 bytes of every input per thread, and few programs where each takes 0.5 ms."""
     if interpreted:
         return 4096
-    return 512 if itemsize == 8 else 1024
+    return 256 if itemsize == 8 else 1024
 
 
 @triton.jit
