@@ -73,6 +73,7 @@ def test_recomputing_imports_torch_only_then(merged):
     assert "torch" in json.loads(done.stderr.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_print_cpu_seconds(merged, tmp_path):
     """CPU seconds of whole processes, the least of three; shown with `pytest -s`. The aim is 0.35."""
     cache = environment(PYTHONPYCACHEPREFIX=str(tmp_path))
