@@ -24,6 +24,7 @@ from cpu_cases import (
     stream_facts,
     values,
 )
+from mergekernels import _cpu
 from mergekernels._native import torch_dtype, view_of
 from mergekernels.backends import cpu, reference
 from mergekernels.ops.program import KEEP_NOTHING, Keep, Program
@@ -298,3 +299,35 @@ def test_views_are_checked(change: dict[str, object], words: str) -> None:
             stats=None,
             threads=1,
         )
+
+
+@pytest.mark.parametrize("ties", ["hash", "index"])
+def test_the_point_itself_is_kept_and_the_next_is_not(ties: str) -> None:
+    """All elements tie, and the point is the word and index of one of them, or one index below."""
+    n, at, seed, tensor = 700, 300, 11, 5
+    x = values("constant", n, F32, 0)
+    word = _cpu.philox(seed, tensor, 2, at, 1)[0] if ties == "hash" else 0
+    for index, kept in ((at, 1.0), (at - 1, 0.0)):
+        keep = Keep(0x3F000000, ties, word, index)  # type: ignore[arg-type]
+        program = Program((-2.0,), (keep,), base=False, seed=seed, tensor=tensor)
+        result = check_stream(program, None, [x], F32, F32)
+        assert float(result[at]) == kept
+
+
+def tree(sums: list[float]) -> float:
+    """The tree of the specification, level by level."""
+    while len(sums) > 1:
+        pairs = [a + b for a, b in zip(sums[0::2], sums[1::2], strict=False)]
+        sums = pairs + sums[len(pairs) * 2 :]
+    return sums[0] if sums else 0.0
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 5, 7, 8, 13, 100])
+def test_blocks_add_up_in_a_tree(n: int) -> None:
+    rng = random.Random(n)
+    sums = [rng.random() * 10.0 ** rng.randrange(-8, 8) for _ in range(n)]
+    data = torch.tensor(sums, dtype=torch.float64).numpy()
+    assert _cpu.block_tree(data) == tree(sums)
+    stats = _cpu.StreamStats(2, n)
+    stats.set_blocks(1, 0, data)
+    assert (stats.sum_squares(0), stats.sum_squares(1)) == (0.0, tree(sums))
