@@ -126,7 +126,7 @@ class Selection:
         p = s.k / self.scope.n
         centre = p * visited
         # Five standard deviations of the sample rank, and some more because elements of a block are not independent.
-        spread = 6.0 * sqrt(max(p * (1.0 - p) * visited, 1.0)) + 4.0
+        spread = 5.0 * sqrt(max(p * (1.0 - p) * visited, 1.0)) + 4.0
         nonzero = stats.inside(m)
         first, last = floor(centre - spread), ceil(centre + spread)
         if first > nonzero:
