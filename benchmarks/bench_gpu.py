@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 import mergekernels as mk
+from mergekernels._backends.dispatch import load
 from mergekernels._native import view_of
-from mergekernels.backends.dispatch import load
 from mergekernels.errors import MergeError
 from mergekernels.ops import Program, select, stream
 from mergekernels.tensors import tensor_id

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from yardsticks import Family
 
-from mergekernels.backends.reference.common import keys, tie_words
-from mergekernels.backends.reference.select import select_point
+from mergekernels._backends.reference.common import keys, tie_words
+from mergekernels._backends.reference.select import select_point
 from mergekernels.ops.program import Keep
 from mergekernels.ops.select import select
 from mergekernels.tensors import tensor_id

@@ -8,8 +8,8 @@ import struct
 import torch
 
 from mergekernels import _cpu
+from mergekernels._backends import cpu, reference
 from mergekernels._native import torch_dtype, view_of
-from mergekernels.backends import cpu, reference
 from mergekernels.ops.program import Keep, Program, Sweep
 from mergekernels.tensors import BF16, CANONICAL_BLOCK, F16, F32, F64, DType, Piece, TensorView
 

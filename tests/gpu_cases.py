@@ -30,10 +30,10 @@ from gpu_matrix import (
     words_of,
 )
 from mergekernels import _cpu
+from mergekernels._backends import reference
+from mergekernels._backends.reference.common import delta
+from mergekernels._backends.reference.select import select_point
 from mergekernels._native import torch_dtype, view_of
-from mergekernels.backends import reference
-from mergekernels.backends.reference.common import delta
-from mergekernels.backends.reference.select import select_point
 from mergekernels.ops.program import NUM_BINS, Interval, Keep, Program, Sweep
 from mergekernels.ops.selection import Scope, Selection
 from mergekernels.tensors import BF16, F16, F32, F64, DType, Piece, compute_dtype

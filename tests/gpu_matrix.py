@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from mergekernels._backends import reference
+from mergekernels._backends.reference.common import delta, keys, load, tie_words
 from mergekernels._native import to_torch, torch_dtype, view_of
-from mergekernels.backends import reference
-from mergekernels.backends.reference.common import delta, keys, load, tie_words
 from mergekernels.ops.program import KEEP_NOTHING, MAX_KEY, NUM_BINS, Interval, Keep, Program, Sweep, bin_shift
 from mergekernels.tensors import BF16, F16, F32, F64, DType, Piece, TensorView, compute_dtype
 

@@ -25,8 +25,8 @@ from cpu_cases import (
     values,
 )
 from mergekernels import _cpu
+from mergekernels._backends import cpu, reference
 from mergekernels._native import torch_dtype, view_of
-from mergekernels.backends import cpu, reference
 from mergekernels.ops.program import KEEP_NOTHING, Keep, Program
 from mergekernels.tensors import BF16, F16, F32, F64, Piece, TensorView
 

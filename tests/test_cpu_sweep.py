@@ -11,9 +11,9 @@ import torch
 
 from cpu_cases import DTYPES, ISAS, KINDS, misaligned, new_sweep_stats, sweep_facts, values
 from mergekernels import _cpu
+from mergekernels._backends import cpu, reference
+from mergekernels._backends.reference.common import keys
 from mergekernels._native import torch_dtype, view_of
-from mergekernels.backends import cpu, reference
-from mergekernels.backends.reference.common import keys
 from mergekernels.ops.program import MAX_KEY, Interval, Sweep, bin_shift
 from mergekernels.tensors import BF16, F32, F64, DType, Piece
 

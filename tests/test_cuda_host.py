@@ -19,7 +19,7 @@ import pytest
 pytest.register_assert_rewrite("gpu_matrix", "gpu_cases")
 
 from gpu_cases import *  # noqa: E402, F403
-from mergekernels.backends import cuda as backend  # noqa: E402
+from mergekernels._backends import cuda as backend  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -15,9 +15,9 @@ import torch  # noqa: E402
 
 from gpu_matrix import SEED, TENSOR, check_stream, check_sweep, inputs, key_interval, tau_of  # noqa: E402
 from mergekernels import _cpu  # noqa: E402
+from mergekernels._backends import reference  # noqa: E402
+from mergekernels._backends._device import place  # noqa: E402
 from mergekernels._native import view_of  # noqa: E402
-from mergekernels.backends import reference  # noqa: E402
-from mergekernels.backends._device import place  # noqa: E402
 from mergekernels.ops.program import Keep, Program, Sweep  # noqa: E402
 from mergekernels.tensors import BF16, F32, Piece, TensorView  # noqa: E402
 
@@ -25,7 +25,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter is no device", allow_module_level=True)
 
 DEVICE = "cuda:0"
-BACKENDS = {name: importlib.import_module(f"mergekernels.backends.{name}") for name in ("triton", "cuda")}
+BACKENDS = {name: importlib.import_module(f"mergekernels._backends.{name}") for name in ("triton", "cuda")}
 REASONS = {
     name: backend.why_not("stream", [TensorView(0, (0,), (1,), BF16, device=DEVICE)])
     for name, backend in BACKENDS.items()

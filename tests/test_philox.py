@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mergekernels import _cpu
-from mergekernels.backends.reference.common import philox, tie_words
+from mergekernels._backends.reference.common import philox, tie_words
 
 
 def test_known_answer_of_zeros() -> None:

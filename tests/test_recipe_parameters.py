@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from mergekernels._methods.protocol import MethodInfo, Param
 from mergekernels.engine.recipe import load_recipe, resolve
 from mergekernels.engine.recipe.settings import compile_level, find
 from mergekernels.engine.recipe.source import Document
 from mergekernels.errors import PlanError
-from mergekernels.methods.protocol import MethodInfo, Param
 from recipe_checkpoints import llama_shapes, save
 
 VALUES = {"m0": 100.0, "m1": 1.0, "m2": 2.0}

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from cpu_cases import DTYPES, ISAS, new_sweep_stats, values
+from mergekernels._backends import cpu
+from mergekernels._backends.reference.common import keys, tie_words
+from mergekernels._backends.reference.select import select_point
 from mergekernels._native import torch_dtype, view_of
-from mergekernels.backends import cpu
-from mergekernels.backends.reference.common import keys, tie_words
-from mergekernels.backends.reference.select import select_point
 from mergekernels.ops.program import Keep
 from mergekernels.ops.selection import SAMPLE_BLOCK, Scope, Selection, localise
 from mergekernels.tensors import F32, F64, DType, Piece

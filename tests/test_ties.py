@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import mergekernels as mk
 from brute import ties as brute_ties
-from mergekernels.backends.reference.select import select_point
+from mergekernels._backends.reference.select import select_point
 from mergekernels.ops import Keep, Program, select, stream
 from mergekernels.tensors import tensor_id
 

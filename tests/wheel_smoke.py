@@ -1,4 +1,4 @@
-"""Writes two small checkpoints, a recipe and the expected merge into the current folder, with the standard library alone."""
+"""Writes small checkpoints, a recipe and the expected merge into the current folder; standard library only."""
 
 from __future__ import annotations
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .backends.dispatch import use_backend
-    from .backends.status import backends
+    from ._backends.dispatch import use_backend
+    from ._backends.status import backends
+    from ._methods.catalogue import methods
     from .engine.diff import diff
     from .engine.run import plan, run
     from .engine.verify import verify
     from .errors import MergeError
     from .merging import merge
-    from .methods.catalogue import methods
     from .state_dicts import merge_state_dicts
 
 __all__ = [
@@ -36,14 +36,14 @@ __all__ = [
 
 _HOME = {
     "MergeError": "errors",
-    "backends": "backends.status",
+    "backends": "_backends.status",
     "diff": "engine.diff",
     "merge": "merging",
     "merge_state_dicts": "state_dicts",
-    "methods": "methods.catalogue",
+    "methods": "_methods.catalogue",
     "plan": "engine.run",
     "run": "engine.run",
-    "use_backend": "backends.dispatch",
+    "use_backend": "_backends.dispatch",
     "verify": "engine.verify",
 }
 

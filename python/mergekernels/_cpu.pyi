@@ -60,7 +60,8 @@ class SweepStats:
 
     def add_histogram(self, model: int, before: int, bins: Any) -> None:
         """For backends that count on a device: NUM_BINS counts, a contiguous buffer of uint64, of entries that are not
-        handed over; `inside` grows by their sum and the model counts as overflowed."""
+        handed over; `inside` grows by their sum and the model counts as overflowed.
+        """
 
     def add_nonfinite(self, source: int, first: int, count: int) -> None: ...
     def merge(self, other: SweepStats) -> None: ...

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import _cpu
+from ._backends.dispatch import Backend, pick, requested
 from ._checks import check_out
+from ._methods import get
+from ._methods.arguments import bind
+from ._methods.protocol import Coeffs, Method, Round, Spec
 from ._native import torch_dtype
-from .backends.dispatch import Backend, pick, requested
 from .errors import ArgumentError
-from .methods import get
-from .methods.arguments import bind
-from .methods.protocol import Coeffs, Method, Round, Spec
 from .ops.inputs import Inputs, gather, num_threads
 from .ops.select import run_sweep
 from .ops.selection import Scope

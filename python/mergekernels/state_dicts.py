@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from .backends.dispatch import pick
+from ._backends.dispatch import pick
+from ._methods.arguments import bind
+from ._methods.protocol import Coeffs, Spec
 from .errors import ArgumentError, DataError, InputError
 from .merging import Call, merge_one, resolve_scope
-from .methods.arguments import bind
-from .methods.protocol import Coeffs, Spec
 from .ops.inputs import Inputs, gather
 from .ops.selection import Scope
 from .tensors import F32, F64

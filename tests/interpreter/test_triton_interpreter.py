@@ -18,7 +18,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 pytest.register_assert_rewrite("gpu_matrix", "gpu_cases")
 
 from gpu_cases import *  # noqa: E402, F403
-from mergekernels.backends import triton as backend  # noqa: E402
+from mergekernels._backends import triton as backend  # noqa: E402
 
 
 @pytest.fixture

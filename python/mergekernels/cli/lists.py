@@ -13,7 +13,7 @@ def methods_command(name: str | None, *, as_json: bool) -> None:
     output = Output("methods", as_json=as_json)
 
     def work() -> int:
-        from ..methods import get, names
+        from .._methods import get, names
         from ..report.methods import info_dict, method_text, methods_text
 
         if name is not None:
@@ -34,7 +34,7 @@ def backends_command(*, as_json: bool) -> None:
     def work() -> int:
         from dataclasses import asdict
 
-        from ..backends.status import backends
+        from .._backends.status import backends
         from ..report.backends import backends_text
 
         table = backends()

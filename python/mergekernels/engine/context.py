@@ -6,8 +6,8 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..backends._device import place
-from ..backends.dispatch import Backend, load
+from .._backends._device import place
+from .._backends.dispatch import Backend, load
 from ..errors import DataError
 from ..tensors import CANONICAL_BLOCK, TensorView
 from .buffers import Tiles

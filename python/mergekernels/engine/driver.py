@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from .._methods.protocol import Coeffs
 from ..errors import MergeError
-from ..methods.protocol import Coeffs
 from .committer import Committer
 from .context import Context, Worker
 from .events import Progress, ProgressSink, RunReport

@@ -11,8 +11,8 @@ from math import isfinite, prod, sqrt
 from typing import Any
 
 from .._cpu import StreamStats, SweepStats
+from .._methods.protocol import Coeffs, Round
 from ..errors import DataError
-from ..methods.protocol import Coeffs, Round
 from ..ops.program import Program
 from ..tensors import CANONICAL_BLOCK, Piece
 from .context import Context, OpenTensor, Worker

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .._cpu import StreamStats, SweepStats
-from ..methods.protocol import Method, Round, Spec
+from .._methods.protocol import Method, Round, Spec
 from ..ops.program import Program, Sweep
 from ..ops.select import new_stats
 from ..ops.selection import SAMPLE_BLOCK

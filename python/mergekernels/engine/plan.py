@@ -9,11 +9,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..backends._device import place
-from ..backends.dispatch import pick, requested
+from .._backends._device import place
+from .._backends.dispatch import pick, requested
+from .._methods import get
+from .._methods.protocol import Method, Round
 from ..errors import ArgumentError, BackendError, InputError, MergeError, OutputError, PlanError
-from ..methods import get
-from ..methods.protocol import Method, Round
 from ..tensors import BF16, TensorView
 from .identity import plan_hash
 from .io import Io

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import _cpu
+from .._methods import get
 from .._native import torch_dtype, view_of
 from ..errors import InputError, MergeError, PlanError
 from ..formats.checkpoint import Checkpoint, open_checkpoint
 from ..merging import Call, resolve_scope
-from ..methods import get
 from ..ops.inputs import Inputs
 from ..tensors import DType, Piece, TensorView
 from .identity import NUMERIC_POLICY, input_identities
@@ -30,7 +30,7 @@ from .specs import Specs, sources_of
 if TYPE_CHECKING:
     import torch
 
-    from ..methods.protocol import Coeffs
+    from .._methods.protocol import Coeffs
 
 __all__ = ["recompute_sample", "sample_names"]
 
@@ -158,7 +158,7 @@ class _Again:
     """Computes tensors of a merge again."""
 
     def __init__(self, merge: ResolvedMerge, published: Checkpoint) -> None:
-        from ..backends.dispatch import load
+        from .._backends.dispatch import load
 
         self._merge = merge
         self._published = published

@@ -5,8 +5,8 @@ from __future__ import annotations
 from math import prod
 from typing import Literal
 
+from .._methods.protocol import Coeffs, Method, Round, Spec
 from ..errors import InputError
-from ..methods.protocol import Coeffs, Method, Round, Spec
 from ..ops.selection import Scope
 from ..tensors import DType, compute_dtype, tensor_id
 from .resolved import ResolvedMerge, ResolvedTensor, Source

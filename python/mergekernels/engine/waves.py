@@ -13,7 +13,7 @@ from collections.abc import Callable
 from math import prod
 
 from .._cpu import StreamStats, SweepStats
-from ..methods.protocol import Coeffs, Round, Spec
+from .._methods.protocol import Coeffs, Round, Spec
 from .context import Context, OpenTensor, Worker
 from .fileops import read_small, write_small
 from .layout import OutputFile

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from .. import _cpu
+from .._backends.dispatch import Backend, pick, requested
 from .._checks import nonfinite
-from ..backends.dispatch import Backend, pick, requested
 from ..errors import ArgumentError
 from ..tensors import Piece, TensorView
 from .inputs import Inputs, gather, num_threads

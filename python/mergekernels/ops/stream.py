@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from .. import _cpu
+from .._backends.dispatch import Backend, pick, requested
 from .._checks import nonfinite
 from .._native import view_of
-from ..backends.dispatch import Backend, pick, requested
 from ..tensors import promote
 from .inputs import Inputs, gather, num_threads
 from .program import Program

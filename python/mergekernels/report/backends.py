@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..backends.status import BackendStatus
+from .._backends.status import BackendStatus
 from .text import table
 
 __all__ = ["backends_text"]

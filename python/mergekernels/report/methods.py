@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from ..methods.protocol import REQUIRED, MethodInfo, Param
+from .._methods.protocol import REQUIRED, MethodInfo, Param
 from .text import table
 
 __all__ = ["info_dict", "method_text", "methods_text"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..._methods.protocol import REQUIRED, Method, Param
 from ...errors import InputError, MergeError, RecipeError
 from ...formats.checkpoint import Checkpoint, TensorInfo
-from ...methods.protocol import REQUIRED, Method, Param
 from ...tensors import DType, promote
 from ..resolved import ResolvedTensor, Source
 from .mapping import Output

@@ -6,10 +6,10 @@ import filecmp
 from pathlib import Path
 from typing import Any
 
+from ..._methods import get, names
+from ..._methods.protocol import Method
 from ...errors import ArgumentError, FormatError, MergeError, PlanError, RecipeError
 from ...formats.checkpoint import Checkpoint
-from ...methods import get, names
-from ...methods.protocol import Method
 from ...tensors import dtype_of
 from ..resolved import ResolvedMerge
 from .assemble import Assembler

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..._methods.protocol import REQUIRED, MethodInfo, Param
 from ...errors import MergeError, RecipeError
-from ...methods.protocol import REQUIRED, MethodInfo, Param
 from .source import Document
 from .values import nearest
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ..._methods.protocol import MethodInfo
 from ...errors import MergeError, RecipeError
-from ...methods.protocol import MethodInfo
 from .inputs import Inputs
 from .names import Stack
 from .schema import RecipeSchema, SliceEntry
