@@ -22,7 +22,10 @@ class SweepStats:
     def __init__(
         self, stages: list[int], lo: list[int], hi: list[int], tau: list[int], order: int, capacity: int
     ) -> None:
-        """Per model: stage 0 = left out, 1 = key, 2 = tie. order: 0 = hash, 1 = index. capacity: entries kept per model."""
+        """Per model: stage 0 = left out, 1 = key, 2 = tie.
+
+        order: 0 = hash, 1 = index. capacity: entries kept per model.
+        """
 
     def before(self, model: int) -> int: ...
     def inside(self, model: int) -> int: ...
@@ -48,12 +51,15 @@ class SweepStats:
     ) -> tuple[int, int]:
         """(word, scope index) of the rank-th (1-based) entry with key `tau`.
 
-        Order hash: by (Philox word, scope index); order index: by scope index, and the word is 0. Stage key: the entries with
+        Order hash: by (Philox word, scope index); order index: by scope index, and the word is 0. Stage key: the
+        entries with
         ordinal `tau`; stage tie: all entries. offsets: scope index of the first element of each tensor, ascending.
         """
 
     def nonfinite(self, source: int) -> tuple[int, int]:
-        """(first scope index or -1, count) of NaN or Inf in the values of model `source`, or of the base (source = models)."""
+        """(first scope index or -1, count) of NaN or Inf in the values of model `source`, or of the base (source =
+        models).
+        """
 
     def add(self, model: int, before: int, ordinals: Any, indices: Any) -> None:
         """For backends in Python: entries as contiguous buffers of uint64."""
@@ -114,7 +120,10 @@ def sweep(
     threads: int,
     isa: str,
 ) -> None:
-    """Adds one piece of one tensor to `stats`. compute: dtype code of F32 or F64. offset: scope index of flat index 0."""
+    """Adds one piece of one tensor to `stats`.
+
+    compute: dtype code of F32 or F64. offset: scope index of flat index 0.
+    """
 
 def stream(
     program: tuple[Any, ...],
@@ -129,10 +138,11 @@ def stream(
 ) -> None:
     """Runs the fused pass on one piece; without `out` only the statistics are taken.
 
-    With norms (`stats` with blocks) a piece must be flat, begin at a multiple of 4096 and, but for the tensor's last block,
-    hold whole blocks; ValueError otherwise. float64 goes to 16 bits through float32, as in torch.
+    With norms (`stats` with blocks) a piece must be flat, begin at a multiple of 4096 and, but for the tensor's last
+    block, hold whole blocks; ValueError otherwise. float64 goes to 16 bits through float32, as in torch.
 
-    program: (weights, keep, base, consensus, zero_vote, divisor, divisor_value, scale, copy, seed, tensor) with keep a list of None or
+    program: (weights, keep, base, consensus, zero_vote, divisor, divisor_value, scale, copy, seed, tensor) with keep a
+    list of None or
     (tau, ties, word, index), ties 0 all, 1 none, 2 hash, 3 index; consensus 0 none, 1 sum; divisor 0 none, 1 value,
     2 agreeing_weights, 3 agreeing_count.
     """
@@ -145,9 +155,10 @@ def compare(
 ) -> tuple[int, int, int, int | None, int, float, float, float]:
     """Compares n elements at two addresses; dtypes by their safetensors names, equal or both floats.
 
-    (differing pairs, first of them or -1, unequal pairs with NaN or Inf, largest distance in ULPs of the narrower dtype or None
-    where values are not interpreted, its index or -1, largest |a - b|, sum of (a - b)^2, sum of a^2); sums over canonical blocks.
-    With norm False, equal bytes return at once and the last sum is 0.
+    (differing pairs, first of them or -1, unequal pairs with NaN or Inf, largest distance in ULPs of the narrower
+    dtype or None
+    where values are not interpreted, its index or -1, largest |a - b|, sum of (a - b)^2, sum of a^2); sums over
+    canonical blocks. With norm False, equal bytes return at once and the last sum is 0.
     """
 
 def block_tree(values: Any) -> float:

@@ -46,7 +46,8 @@ def merge_state_dicts(
     models, base : mappings from name to tensor (or list of shards); lazy ones are read one tensor at a time and every
         tensor once per pass. Never mutated. All must have the same names.
     out_dtype : dtype of the merged float tensors, default the promoted dtype of the inputs. Integer and bool
-        tensors are copied where they are equal; where not, the base's is taken with a warning, and without a base it is an error.
+        tensors are copied where they are equal; where not, the base's is taken with a warning, and without a base it
+        is an error.
 
     The other parameters are those of `mergekernels.merge`; each tensor's own name enters its random words. Scope
     "model" counts over all float tensors.

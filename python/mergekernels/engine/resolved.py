@@ -27,11 +27,11 @@ class Source:
 class ResolvedTensor:
     """One output tensor.
 
-    action "merge": `method` is applied to `models` (and `base`). action "buffer": an integer or bool tensor, equal in all
-    sources and copied; where sources differ the base's value is taken with a warning, and without a base the unit aborts.
-    action "copy": the single source's bytes.
-    dtype : of the output. cast : load cast of every source (None for none). params : recipe name -> value, per-model ones
-    as tuples, complete with defaults and checked.
+    action "merge": `method` is applied to `models` (and `base`). action "buffer": an integer or bool tensor, equal in
+    all sources and copied; where sources differ the base's value is taken with a warning, and without a base the unit
+    aborts. action "copy": the single source's bytes.
+    dtype : of the output. cast : load cast of every source (None for none). params : recipe name -> value, per-model
+    ones as tuples, complete with defaults and checked.
     """
 
     name: str

@@ -106,7 +106,9 @@ class Selection:
         return Sweep(intervals, "index" if self.policy == "index" else "hash", self.base, self.seed)
 
     def advance(self, stats: SweepStats, visited: int) -> Selection:
-        """The state after the pass `self.sweep`; `visited` is the number of elements it saw (fewer than n in a sample)."""
+        """The state after the pass `self.sweep`; `visited` is the number of elements it saw (fewer than n in a
+        sample).
+        """
         searches = list(self.searches)
         for m, search in enumerate(searches):
             if search is None or search.stage == "done":
