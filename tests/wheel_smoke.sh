@@ -12,7 +12,7 @@ CMAKE_BUILD_PARALLEL_LEVEL=2 "$python" -m pip wheel --quiet --no-build-isolation
 "$python" -m venv "$work/venv"
 "$work/venv/bin/python" -m pip install --quiet --no-deps "$work"/wheel/mergekernels-*.whl
 # The dependencies of the command line alone, in the pinned versions.
-grep -E '^(PyYAML|pydantic|typer|rich)==' "$tree/requirements-dev.txt" >"$work/requirements.txt"
+grep -E '^(PyYAML|typer|rich)==' "$tree/requirements-dev.txt" >"$work/requirements.txt"
 "$work/venv/bin/python" -m pip install --quiet -r "$work/requirements.txt"
 
 cd "$work"
