@@ -19,7 +19,7 @@ from .context import Context, OpenTensor, Worker
 from .digesting import OrderedDigest
 from .layout import PlacedTensor
 from .measure import Measure, new_statistics
-from .memory import ENTRY_BYTES, least_statistics
+from .memory import least_statistics, wanted_statistics
 from .receipts import TensorRecord
 from .unit import Unit
 
@@ -90,13 +90,9 @@ class MergeJob:
         self._spec = ctx.plan.specs.spec(target.placed.index)
         models = self._spec.num_models
         self.least = least_statistics(models, self._n)
-        # Ties are common, so that an interval of keys may hold several percent of a tensor.
-        self.want = self.least + ENTRY_BYTES * models * min(self._n, self._n // 20 + (1 << 17))
-        if coeffs is not None or not isinstance(ctx.plan.method.start(self._spec), Round):
-            self.want = self.least
-            reads = 1
-        else:
-            reads = ctx.plan.reads
+        selects = coeffs is None and isinstance(ctx.plan.method.start(self._spec), Round)
+        self.want = wanted_statistics(models, self._n, selects=selects)
+        reads = ctx.plan.reads if selects else 1
         self.weight = reads * self._source.nbytes
         self.granted = 0
         self.moved = 0

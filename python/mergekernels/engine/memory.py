@@ -193,16 +193,20 @@ class Budget:
         """Bytes of one worker's tiles: its sources, and the output."""
         return (self.sources + 1) * self.tile * self.itemsize
 
-    @property
-    def peak(self) -> int:
-        """Most bytes that tiles and statistics take together."""
-        return self.threads * self.worker_bytes + self.pool
-
 
 def least_statistics(models: int, n: int) -> int:
     """Bytes of statistics without which a tensor of `n` elements cannot be merged: block sums, bins, a few entries."""
     blocks = -(-n // CANONICAL_BLOCK)
     return models * (8 * blocks + 8 * NUM_BINS + ENTRY_BYTES * MIN_ENTRIES)
+
+
+def wanted_statistics(models: int, n: int, *, selects: bool) -> int:
+    """Bytes of statistics that a tensor of `n` elements makes use of. selects : its method selects."""
+    least = least_statistics(models, n)
+    if not selects:
+        return least
+    # Ties are common, so that an interval of keys may hold several percent of a tensor.
+    return least + ENTRY_BYTES * models * min(n, n // 20 + (1 << 17))
 
 
 def cut_budget(

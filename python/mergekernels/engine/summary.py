@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from .identity import canonical_json
+from .memory import wanted_statistics
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -59,7 +61,7 @@ def summarise(plan: Plan) -> dict[str, Any]:
         "passes": {"reads": plan.reads, "sampled": plan.sampled, "writes": 1},
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
-        "peak_memory": plan.budget.peak,
+        "peak_memory": _peak(plan),
         "disk": None,
         "time": {
             "seconds": plan.bytes_read / READ_RATE + plan.bytes_written / WRITE_RATE,
@@ -75,6 +77,23 @@ def summarise(plan: Plan) -> dict[str, Any]:
         free = shutil.disk_usage(plan.out.parent).free
         result["disk"] = {"path": str(plan.out.parent), "needed": plan.bytes_written, "free": free}
     return result
+
+
+def _peak(plan: Plan) -> int:
+    """Most bytes of tiles and statistics at a time."""
+    budget = plan.budget
+    tiles = budget.threads * budget.worker_bytes
+    if plan.specs.scope == "model":
+        return tiles + budget.pool
+    wants = sorted(
+        (
+            wanted_statistics(len(t.models), prod(t.shape), selects=plan.reads > 1)
+            for t in plan.merge.tensors
+            if t.action == "merge"
+        ),
+        reverse=True,
+    )
+    return tiles + min(budget.pool, sum(wants[: budget.window]))
 
 
 def _parameters(plan: Plan) -> list[dict[str, Any]]:
