@@ -201,7 +201,7 @@ def test_refused_tensors() -> None:
     for tensors, message in cases:
         with pytest.raises(ArgumentError, match=message):
             mk.merge(tensors, "linear", weights=1, name="w")
-    with pytest.raises(ArgumentError, match="out overlaps an input"):
+    with pytest.raises(ArgumentError, match="lie in one range of memory"):
         store = torch.ones(5)
         mk.merge([store[:4]], "linear", weights=1, out=store[1:])
     with pytest.raises(ArgumentError, match="cut into other shards"):
@@ -236,3 +236,108 @@ def test_errors_survive_serialisation() -> None:
     again = mk.MergeError.from_dict(error.to_dict())
     assert type(again) is DataError and str(again) == str(error) == "f:3: tensor 't': m; expected e; got g. h"
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_place_of_a_nan_is_exact_in_large_tensors(backend: str) -> None:
+    """Above the size at which a sample is drawn, whose elements have other places."""
+    x = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    x[150_001:] = float("nan")
+    base = torch.zeros(200_000)
+    message = r"model 0 holds NaN or Inf at flat index 150001 \(49999 in all\)"
+    with pytest.raises(DataError, match=message):
+        mk.merge([x], "ties", base=base, weights=1, density=0.2, backend=backend)
+    halves = [list(t.split(100_000)) for t in (x, base)]
+    with pytest.raises(DataError, match=message):
+        mk.merge([halves[0]], "ties", base=halves[1], weights=1, density=0.2, backend=backend)
+    dicts = [{"a": t[:1000], "w": t} for t in (x, base)]
+    with pytest.raises(DataError, match="tensor 'w': " + message):
+        mk.merge_state_dicts(dicts[:1], "ties", base=dicts[1], weights=1, density=0.2, scope="model", backend=backend)
+
+
+def test_out_must_have_memory_of_its_own() -> None:
+    p, q = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+    for outs in ([q, p], [o := torch.zeros(2), o]):
+        with pytest.raises(ArgumentError, match="lie in one range of memory"):
+            mk.merge([[p, q]], "linear", weights=1, out=outs)
+    with pytest.raises(ArgumentError, match=r"elements that share memory; got strides \(1, 1\)"):
+        mk.merge([torch.ones(3, 3)], "linear", weights=1, out=torch.zeros(5).as_strided((3, 3), (1, 1)))
+    mk.merge([[p, q]], "linear", weights=1, out=[p, q])
+    assert p.tolist() == [1.0, 2.0] and q.tolist() == [3.0, 4.0]
+    with pytest.raises(ArgumentError, match="out requires grad"):
+        mk.merge([p], "linear", weights=1, out=torch.zeros(2, requires_grad=True))
+    for out, message in (
+        ("x", "out is not a tensor; got str"),
+        ([p], "out is not usable; expected a tensor; got list"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            mk.merge([p], "linear", weights=1, out=out)
+
+
+def test_arguments_may_be_arrays() -> None:
+    x, y = torch.tensor([2.0]), torch.tensor([4.0])
+    for weights in (np.array([1.0, 3.0]), torch.tensor([1.0, 3.0]), [np.float32(1), torch.tensor(3)], (1, 3)):
+        assert mk.merge([x, y], "linear", weights=weights).tolist() == [3.5]
+    assert mk.merge([x, y], "linear", weights=np.float64(0.5)).tolist() == [3.0]
+    assert mk.merge((t for t in (x, y)), "linear", weights=1).tolist() == [3.0]
+
+
+WRONG_CALLS = [
+    (dict(weights="ab"), "'weights' is not usable"),
+    (dict(weights=[None, 1]), "'weights' is not usable"),
+    (dict(shard_dim=-1), "shard_dim is not usable; expected a dimension, 0 or more; got -1"),
+    (dict(threads="2"), "threads must be at least 1"),
+    (dict(method=3), "method is not a name"),
+    (dict(name=3), "name is not a tensor's name"),
+    (dict(name="\ud800"), "name is not a tensor's name"),
+    (dict(out_dtype="bfloat16"), "out_dtype is not usable; expected bfloat16, float16, float32 or float64 of torch"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_CALLS, ids=[str(c) for c, _ in WRONG_CALLS])
+def test_wrong_calls(change: dict, message: str) -> None:
+    call = dict(method="linear", weights=1) | change
+    with pytest.raises(ArgumentError, match=message):
+        mk.merge([torch.ones(2), torch.ones(2)], **call)
+
+
+def test_one_tensor_is_no_list_of_tensors() -> None:
+    with pytest.raises(ArgumentError, match="the models are not a list of tensors; got Tensor"):
+        mk.merge(torch.ones(2, 3), "linear", weights=1)
+    with pytest.raises(ArgumentError, match="the models are not a list of state dicts; got dict"):
+        mk.merge_state_dicts({"a": torch.ones(2)}, "linear", weights=1)
+    with pytest.raises(ArgumentError, match="is not aligned to its dtype"):
+        data = np.frombuffer(bytearray(9), dtype=np.uint8)[1:].view(np.float32)
+        mk.merge([torch.from_numpy(data)], "linear", weights=1)
+
+
+def test_state_dicts_with_mixed_kinds() -> None:
+    whole, real = {"a": torch.tensor([1, 2])}, {"a": torch.tensor([1.0, 2.0])}
+    for models in ([whole, real], [real, whole]):
+        with pytest.raises(InputError, match="tensor 'a': some inputs hold floats, others integers"):
+            mk.merge_state_dicts(models, "linear", weights=1)
+    with pytest.raises(ArgumentError, match="shape of model 0 differs from that of the base"):
+        mk.merge_state_dicts([whole], "task_arithmetic", base={"a": torch.tensor([1, 2, 3])}, weights=1)
+    with pytest.raises(ArgumentError, match="dtype of model 1 differs"):
+        mk.merge_state_dicts([whole, {"a": torch.tensor([1, 2], dtype=torch.int32)}], "linear", weights=1)
+    with pytest.raises(ArgumentError, match=r"dtype that cannot be merged.*complex64"):
+        mk.merge_state_dicts([{"a": torch.ones(2, dtype=torch.complex64)}], "linear", weights=1)
+    with pytest.raises(ArgumentError, match="passthrough cannot merge this many models; expected 1; got 2"):
+        mk.merge_state_dicts([whole, whole], "passthrough")
+
+
+def test_lazy_state_dicts_are_read_once_per_pass() -> None:
+    """Scope model, 300,000 elements: one reading for the shapes, a sample, a sweep, the writing pass."""
+
+    class Lazy(dict):
+        reads: ClassVar[list[str]] = []
+
+        def __getitem__(self, key):
+            self.reads.append(key)
+            return super().__getitem__(key)
+
+    g = torch.Generator().manual_seed(4)
+    base = {"x": torch.randn(300_000, generator=g), "y": torch.randn(10, generator=g)}
+    lazy = Lazy({k: v + torch.randn(v.shape, generator=g) for k, v in base.items()})
+    mk.merge_state_dicts([lazy], "ties", base=base, weights=1, density=0.3, scope="model")
+    assert lazy.reads.count("x") == lazy.reads.count("y") == 4

@@ -199,6 +199,38 @@ def test_shards_give_the_same_bits(cut: str, dtype: torch.dtype) -> None:
         assert torch.equal(torch.cat(got, dim), whole)
 
 
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_shards_of_three_dimensions(dim: int) -> None:
+    g = torch.Generator().manual_seed(6)
+    base = torch.randn(4, 6, 5, generator=g)
+    model = base + (torch.randn(4, 6, 5, generator=g) * 2).round() / 2
+    whole = mk.merge([model], "ties", base=base, weights=1, density=0.4, name="w")
+    sizes = [1, 0, base.shape[dim] - 1]
+    got = mk.merge([list(model.split(sizes, dim))], "ties", base=base, weights=1, density=0.4, name="w", shard_dim=dim)
+    assert torch.equal(torch.cat(got, dim), whole)
+
+
+@pytest.mark.parametrize("policy", ["hash", "index"])
+def test_names_are_ordered_by_their_bytes(policy: str) -> None:
+    """ "Z" comes before "a": of equal magnitudes under "index" the first name's survive."""
+    names = ["a", "Z", "m.w"]
+    base = {n: torch.zeros(50) for n in names}
+    model = {n: torch.ones(50) for n in names}
+    got = mk.merge_state_dicts([model], "ties", base=base, weights=1, density=0.4, scope="model", tie_policy=policy)
+    want = brute_ties(
+        {n: flat(t) for n, t in base.items()},
+        [{n: flat(t) for n, t in model.items()}],
+        weights=[1.0],
+        density=[0.4],
+        scope="model",
+        policy=policy,
+    )
+    for name in names:
+        np.testing.assert_array_equal(flat(got[name]), want[name])
+    if policy == "index":
+        assert [int(got[n].sum()) for n in ("Z", "a", "m.w")] == [50, 10, 0]
+
+
 def test_large_tensor_takes_the_sampled_route() -> None:
     """Above the size where a sample is drawn, with ties beyond the candidates' capacity: same points as by sorting."""
     g = torch.Generator().manual_seed(0)

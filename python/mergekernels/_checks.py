@@ -30,8 +30,8 @@ def check_tensor(tensor: Any, what: str, name: str) -> torch.Tensor:
             expected="plain tensors, or lists of row or column shards",
             hint="Pass the local shards as a list.",
         )
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-        kind = "a meta tensor" if tensor.is_meta else str(tensor.layout)
+    kind = _why_no_memory(tensor)
+    if kind is not None:
         raise ArgumentError(
             f"{what} has no plain memory", code="tensor.layout", tensor=name, expected="dense", got=kind
         )
@@ -47,7 +47,33 @@ def check_tensor(tensor: Any, what: str, name: str) -> torch.Tensor:
     plain = tensor.detach()
     if plain.is_neg() or plain.is_conj():
         plain = plain.resolve_neg().resolve_conj()
+    if plain.data_ptr() % plain.element_size():
+        raise ArgumentError(
+            f"{what} is not aligned to its dtype",
+            code="tensor.alignment",
+            tensor=name,
+            expected=f"an address that is a multiple of {plain.element_size()}",
+            hint="Copy it first.",
+        )
     return plain
+
+
+def _why_no_memory(tensor: torch.Tensor) -> str | None:
+    import torch
+
+    if tensor.is_meta:
+        return "a meta tensor"
+    if tensor.is_quantized:
+        return "a quantised tensor"
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout != torch.strided:
+        return str(tensor.layout)
+    try:
+        tensor.data_ptr()
+    except RuntimeError:  # traced, batched and fake tensors
+        return type(tensor).__name__
+    return None
 
 
 def refuse_unequal(labels: Sequence[str], values: Sequence[Any], what: str, name: str) -> None:
@@ -106,9 +132,21 @@ def split(value: Any, cuts: Sequence[int] | None, dim: int, what: str, name: str
 
 
 def check_out(
-    out: torch.Tensor, like: torch.Tensor, dtype: torch.dtype, inputs: Sequence[torch.Tensor], name: str
+    out: Any,
+    like: torch.Tensor,
+    dtype: torch.dtype,
+    inputs: Sequence[torch.Tensor],
+    name: str,
+    others: Sequence[torch.Tensor] = (),
 ) -> None:
-    """Refuse an output tensor of another shape, dtype or device, or one that overlaps an input other than exactly."""
+    """Refuse an output that does not fit or whose memory is also something else's.
+
+    inputs : of the same shard, one of which `out` may be exactly. others : memory that it must not touch.
+    """
+    import torch
+
+    if not isinstance(out, torch.Tensor):
+        raise ArgumentError("out is not a tensor", code="out", tensor=name, got=type(out).__name__)
     if out.shape != like.shape or out.dtype != dtype or out.device != like.device:
         raise ArgumentError(
             "out does not fit the result",
@@ -117,18 +155,23 @@ def check_out(
             expected=f"{tuple(like.shape)} {dtype} on {like.device}",
             got=f"{tuple(out.shape)} {out.dtype} on {out.device}",
         )
-    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
-        raise ArgumentError(
-            "out has elements that share memory", code="out", tensor=name, got=f"strides {out.stride()}"
-        )
-    for x in inputs:
-        same = x.data_ptr() == out.data_ptr() and x.stride() == out.stride() and x.dtype == out.dtype
-        if not same and _overlap(x, out):
+    if out.requires_grad:
+        raise ArgumentError("out requires grad, and no gradient flows through a merge", code="out", tensor=name)
+    extent = 1
+    for stride, size in sorted((st, si) for st, si in zip(out.stride(), out.shape, strict=True) if si > 1):
+        if stride < extent:
             raise ArgumentError(
-                "out overlaps an input in memory",
+                "out has elements that share memory", code="out", tensor=name, got=f"strides {tuple(out.stride())}"
+            )
+        extent += (size - 1) * stride
+    for x in (*inputs, *others):
+        same = x.data_ptr() == out.data_ptr() and x.stride() == out.stride() and x.dtype == out.dtype
+        if _overlap(x, out) and not (same and any(x is y for y in inputs)):
+            raise ArgumentError(
+                "out and another tensor of the call lie in one range of memory",
                 code="out",
                 tensor=name,
-                expected="its own memory, or exactly one input",
+                expected="memory of its own, or exactly one input (of the same shard)",
             )
 
 

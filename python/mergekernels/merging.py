@@ -15,6 +15,7 @@ from ._methods.protocol import Coeffs, Method, Round, Spec
 from ._native import torch_dtype
 from .errors import ArgumentError
 from .ops.inputs import Inputs, gather, num_threads
+from .ops.output import check_out_dtype
 from .ops.select import run_sweep
 from .ops.selection import Scope
 from .ops.stream import run_program
@@ -52,18 +53,25 @@ class Call:
         shard_dim: int,
     ) -> Call:
         """Check what does not depend on the tensors."""
+        if not isinstance(method, str):
+            raise ArgumentError("method is not a name", code="method.unknown", expected="a string", got=repr(method))
+        if not isinstance(shard_dim, int) or shard_dim < 0:
+            raise ArgumentError(
+                "shard_dim is not usable", code="shard_dim", expected="a dimension, 0 or more", got=repr(shard_dim)
+            )
         if nan not in ("error", "propagate"):
             raise ArgumentError("nan is not usable", code="nan", expected="'error' or 'propagate'", got=repr(nan))
         if not isinstance(seed, int) or not 0 <= seed < 2**64:
             raise ArgumentError("seed is not usable", code="seed", expected="an integer in [0, 2**64)", got=repr(seed))
         given = dict(arguments)
         if weights is not None:
-            given["weights"] = [float(w) for w in weights] if _is_list(weights) else weights
+            given["weights"] = weights
+        given = {name: _plain(value) for name, value in given.items()}
         return Call(get(method), given, dialect, nan, seed, requested(backend), num_threads(threads), shard_dim)
 
     def spec(self, inputs: Inputs) -> Spec:
         """The method's view of one tensor that is its own scope."""
-        self._check_arity(inputs)
+        self.check_arity(inputs.num_models, inputs.has_base, inputs.name)
         params = bind(self.method, self.arguments, inputs.num_models, self.dialect, self.nan, inputs.name)
         scope = Scope((0,), (inputs.tensor,), inputs.n, "F64" if inputs.compute is F64 else "F32")
         return Spec(
@@ -80,29 +88,38 @@ class Call:
             nan=self.nan,
         )
 
-    def _check_arity(self, inputs: Inputs) -> None:
+    def check_arity(self, num_models: int, has_base: bool, name: str = "") -> None:
+        """Refuse a number of models, or a base, that the method does not take."""
         info = self.method.info
-        if info.base == "required" and not inputs.has_base:
-            raise ArgumentError(f"{info.name} needs a base", code="base.missing", tensor=inputs.name or None)
-        if info.base == "input" and inputs.has_base:
+        if info.base == "required" and not has_base:
+            raise ArgumentError(
+                f"{info.name} needs a base", code="base.missing", tensor=name, expected="base=...", got="None"
+            )
+        if info.base == "input" and has_base:
             raise ArgumentError(
                 f"{info.name} subtracts no base",
                 code="base.unused",
-                tensor=inputs.name or None,
+                tensor=name,
                 hint="Leave base out, or list it among the models.",
             )
-        if not info.min_models <= inputs.num_models <= info.max_models:
+        if not info.min_models <= num_models <= info.max_models:
+            low, high = info.min_models, info.max_models
             raise ArgumentError(
                 f"{info.name} cannot merge this many models",
                 code="models.count",
-                tensor=inputs.name or None,
-                expected=f"{info.min_models} to {info.max_models}",
-                got=str(inputs.num_models),
+                tensor=name,
+                expected=str(low) if low == high else f"{low} to {high}",
+                got=str(num_models),
             )
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) or hasattr(value, "tolist")
+def _plain(value: Any) -> Any:
+    """Numbers and lists out of arrays, array scalars and small tensors; anything else as it is."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [v.tolist() if hasattr(v, "tolist") else v for v in value]
+    return value
 
 
 def resolve_scope(call: Call, specs: Sequence[Spec], tensors: Sequence[Inputs], backend: Backend) -> Coeffs:
@@ -132,13 +149,7 @@ def merge_one(
     if coeffs is None:
         coeffs = resolve_scope(call, [spec], [inputs], backend)
     dtype = out_dtype or torch_dtype(promote([v.dtype for v in inputs.all_views]))
-    if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise ArgumentError(
-            "out_dtype is not usable",
-            code="out_dtype",
-            expected="bfloat16, float16, float32 or float64",
-            got=str(dtype),
-        )
+    check_out_dtype(dtype, inputs.name)
     outs = _outputs(inputs, dtype, out)
     run_program(call.method.apply(spec, coeffs), inputs, outs, backend, call.threads, call.nan)
     return outs if inputs.sharded else outs[0]
@@ -149,6 +160,11 @@ def _outputs(inputs: Inputs, dtype: torch.dtype, out: Any) -> list[torch.Tensor]
 
     if out is None:
         return [torch.empty(s[0].shape, dtype=dtype, device=s[0].device) for s in inputs.tensors]
+    if inputs.sharded != isinstance(out, (list, tuple)):
+        expected = "a list of shards, like the inputs" if inputs.sharded else "a tensor"
+        raise ArgumentError(
+            "out is not usable", code="out", tensor=inputs.name, expected=expected, got=type(out).__name__
+        )
     outs = list(out) if inputs.sharded else [out]
     if len(outs) != len(inputs.tensors):
         raise ArgumentError(
@@ -158,9 +174,9 @@ def _outputs(inputs: Inputs, dtype: torch.dtype, out: Any) -> list[torch.Tensor]
             expected=str(len(inputs.tensors)),
             got=str(len(outs)),
         )
-    everything = [t for s in inputs.tensors for t in s]
-    for target, shard in zip(outs, inputs.tensors, strict=True):
-        check_out(target, shard[0], dtype, everything, inputs.name)
+    for i, (target, shard) in enumerate(zip(outs, inputs.tensors, strict=True)):
+        others = [t for j, s in enumerate(inputs.tensors) if j != i for t in s]
+        check_out(target, shard[0], dtype, shard, inputs.name, [*others, *outs[:i]])
     return outs
 
 
@@ -186,17 +202,18 @@ def merge(
     Parameters
     ----------
     tensors : 1 to 64 tensors of one shape and device, bfloat16, float16, float32 or float64 (mixed if need be), strided
-        or contiguous; or for each a list of row or column shards. Never written to.
+        or contiguous; or for each a list of row or column shards. Not written to, unless one of them is `out`.
     method : a name from `mergekernels.methods()`.
     base : the common base, for methods on task vectors; like one of `tensors`.
     weights : one number, or one per model.
     name : the tensor's name in its model; with `seed` (64 bits, default 0) it determines the random words.
     dialect : variant of the method, "default" or one that `methods()` lists.
     nan : "error" (default) refuses NaN, Inf and overflow; "propagate" lets them through, NaN canonical.
-    out_dtype : default the promoted dtype of the inputs. out : tensor (or list of shards) to write into.
+    out_dtype : default the promoted dtype of the inputs. out : tensor (or list of shards) to write into, its own memory
+        or exactly one of the inputs; what it holds after a DataError is undefined.
     backend : "cpu", "reference", "triton", "cuda"; default `use_backend`, then MERGEKERNELS_BACKEND, then the best
         for the device. threads : of the cpu backend, default torch's count.
-    shard_dim : the dimension along which lists of shards are cut: 0 rows (default), 1 columns.
+    shard_dim : the dimension along which lists of shards are cut: 0 rows (default), 1 columns, and so on.
     params : the method's own parameters (density=0.2, scale=0.5), one value or one per model where the method says so.
 
     Returns

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from ._backends.dispatch import pick
+from ._backends.dispatch import Backend, pick
+from ._checks import refuse_unequal
 from ._methods.arguments import bind
 from ._methods.protocol import Coeffs, Spec
 from .errors import ArgumentError, DataError, InputError
 from .merging import Call, merge_one, resolve_scope
 from .ops.inputs import Inputs, gather
 from .ops.selection import Scope
-from .tensors import F32, F64
+from .tensors import F32, F64, DType
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +44,8 @@ def merge_state_dicts(
 
     Parameters
     ----------
-    models, base : mappings from name to tensor (or list of shards); lazy ones are read one tensor at a time and every
-        tensor once per pass. Never mutated. All must have the same names.
+    models, base : mappings from name to tensor (or list of shards); lazy ones are read one tensor at a time, every
+        tensor once per pass (in scope "model" once more, for its shape). Never mutated. All must have the same names.
     out_dtype : dtype of the merged float tensors, default the promoted dtype of the inputs. Integer and bool
         tensors are copied where they are equal; where not, the base's is taken with a warning, and without a base it
         is an error.
@@ -60,52 +61,62 @@ def merge_state_dicts(
     ------
     InputError : names that some inputs lack. ArgumentError, BackendError, DataError : as `merge`, naming the tensor.
     """
-    if not models:
-        raise ArgumentError("a merge takes 1 to 64 models", code="models.count", got="0")
+    if isinstance(models, Mapping) or not isinstance(models, Iterable):
+        raise ArgumentError("the models are not a list of state dicts", code="models.type", got=type(models).__name__)
+    models = list(models)
     call = Call.of(method, params, weights, dialect, nan, seed, backend, threads, shard_dim)
     everything = [*models] if base is None else [base, *models]
+    for i, m in enumerate(everything):
+        if not (hasattr(m, "keys") and hasattr(m, "__getitem__")):
+            raise ArgumentError(f"state dict {i} is not a mapping", code="models.type", got=type(m).__name__)
+    call.check_arity(len(models), base is not None)
     _same_names(everything, base is not None)
     order = list(everything[0].keys())
     bound = bind(call.method, call.arguments, len(models), dialect, nan)
-    scope_coeffs: tuple[dict[str, Spec], Coeffs] | None = None
+    scope: tuple[dict[str, Spec], Coeffs] | None = None
     if call.method.scope(bound, dialect) == "model":
-        scope_coeffs = _resolve_model(call, models, base, order)
+        scope = _resolve_model(call, models, base, order)
     result: dict[str, Any] = {}
     for name in order:
         values = [m[name] for m in models]
         base_value = None if base is None else base[name]
-        if not _is_float(values[0]):
+        if not _is_float(values if base is None else [base_value, *values], name):
             result[name] = _integer(values, base_value, name)
             continue
         inputs = gather(values, base_value, name, shard_dim)
-        if scope_coeffs is None:
+        if scope is None:
             result[name] = merge_one(call, call.spec(inputs), inputs, None, out_dtype)
         else:
-            spec = scope_coeffs[0][name]
-            result[name] = merge_one(call, spec, replace(inputs, compute=spec.compute), scope_coeffs[1], out_dtype)
+            spec = scope[0][name]
+            result[name] = merge_one(call, spec, replace(inputs, compute=spec.compute), scope[1], out_dtype)
     return result
 
 
 def _resolve_model(
     call: Call, models: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None, order: Sequence[str]
 ) -> tuple[dict[str, Spec], Coeffs]:
-    """The coefficients of a model scope, and the spec of every float tensor in it."""
-    names = sorted((n for n in order if _is_float(models[0][n])), key=lambda n: n.encode())
-    tensors = _Lazy(models, base, names, call.shard_dim)
-    if not names:
-        return {}, Coeffs()
-    offsets, total, ids, compute = [], 0, [], F32
-    specs = []
-    for inputs in tensors:
-        offsets.append(total)
-        total += inputs.n
-        ids.append(inputs.tensor)
-        compute = F64 if inputs.compute is F64 else compute
+    """The coefficients of a model scope, and the spec of every float tensor in it. Reads each tensor once per pass."""
+    specs: list[Spec] = []
+    backend: Backend | None = None
+    for name in sorted(order, key=lambda n: n.encode()):
+        values = [m[name] for m in models]
+        base_value = None if base is None else base[name]
+        if not _is_float(values if base is None else [base_value, *values], name):
+            continue
+        inputs = gather(values, base_value, name, call.shard_dim)
+        if backend is None:
+            _, backend = pick("select", inputs.all_views, call.backend)
         specs.append(call.spec(inputs))
-    tensors.compute = compute
-    scope = Scope(tuple(offsets), tuple(ids), total, "F64" if compute is F64 else "F32")
+    if backend is None:
+        return {}, Coeffs()
+    offsets, total = [], 0
+    for spec in specs:
+        offsets.append(total)
+        total += spec.n
+    compute = F64 if any(s.compute is F64 for s in specs) else F32
+    scope = Scope(tuple(offsets), tuple(s.tensor for s in specs), total, "F64" if compute is F64 else "F32")
     specs = [replace(s, scope=scope, offset=o, compute=compute) for s, o in zip(specs, offsets, strict=True)]
-    _, backend = pick("select", tensors[0].all_views, call.backend)
+    tensors = _Lazy(models, base, [s.name for s in specs], call.shard_dim, compute)
     return {s.name: s for s in specs}, resolve_scope(call, specs, tensors, backend)
 
 
@@ -113,10 +124,15 @@ class _Lazy(Sequence[Inputs]):
     """The inputs of each tensor, made when they are asked for, so that lazy mappings stay lazy."""
 
     def __init__(
-        self, models: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None, names: Sequence[str], shard_dim: int
+        self,
+        models: Sequence[Mapping[str, Any]],
+        base: Mapping[str, Any] | None,
+        names: Sequence[str],
+        shard_dim: int,
+        compute: DType,
     ) -> None:
         self.models, self.base, self.names, self.shard_dim = models, base, names, shard_dim
-        self.compute = F32
+        self.compute = compute
 
     def __len__(self) -> int:
         return len(self.names)
@@ -125,7 +141,7 @@ class _Lazy(Sequence[Inputs]):
         name = self.names[i]
         base = None if self.base is None else self.base[name]
         inputs = gather([m[name] for m in self.models], base, name, self.shard_dim)
-        return replace(inputs, compute=F64 if self.compute is F64 else inputs.compute)
+        return replace(inputs, compute=self.compute)
 
 
 def _same_names(everything: Sequence[Mapping[str, Any]], has_base: bool) -> None:
@@ -141,9 +157,27 @@ def _same_names(everything: Sequence[Mapping[str, Any]], has_base: bool) -> None
         raise InputError("the state dicts have different tensors: " + "; ".join(lacking), code="names")
 
 
-def _is_float(value: Any) -> bool:
-    first = value[0] if isinstance(value, (list, tuple)) and value else value
-    return bool(getattr(getattr(first, "dtype", None), "is_floating_point", True))
+def _is_float(values: Sequence[Any], name: str) -> bool:
+    """True if the tensor is to be merged, False if it is an integer or bool buffer; all inputs must agree on that."""
+    import torch
+
+    dtypes = []
+    for value in values:
+        first = value[0] if isinstance(value, (list, tuple)) and value else value
+        dtypes.append(getattr(first, "dtype", None))
+    merged = [d is None or d.is_floating_point or d.is_complex for d in dtypes]
+    if any(merged) and not all(merged):
+        raise InputError(
+            "some inputs hold floats, others integers",
+            code="tensor.dtype",
+            tensor=name,
+            expected="one kind of dtype",
+            got=", ".join(str(d) for d in dtypes),
+        )
+    if merged[0]:
+        return True  # dtypes that cannot be merged are refused where the tensors are gathered
+    quantised = (torch.qint8, torch.quint8, torch.qint32)
+    return any(d in quantised for d in dtypes)
 
 
 def _integer(values: list[Any], base: Any, name: str) -> Any:
@@ -151,9 +185,11 @@ def _integer(values: list[Any], base: Any, name: str) -> Any:
     import torch
 
     everything = values if base is None else [base, *values]
+    labels = (["the base"] if base is not None else []) + [f"model {i}" for i in range(len(values))]
     shards = [list(v) if isinstance(v, (list, tuple)) else [v] for v in everything]
-    equal = all(len(s) == len(shards[0]) and all(map(torch.equal, s, shards[0])) for s in shards)
-    if not equal:
+    refuse_unequal(labels, [[str(t.dtype) for t in s] for s in shards], "dtype", name)
+    refuse_unequal(labels, [[tuple(t.shape) for t in s] for s in shards], "shape", name)
+    if not all(all(map(torch.equal, s, shards[0])) for s in shards):
         if base is None:
             raise DataError(
                 "an integer or bool tensor differs between the models, and there is no base to decide",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,15 @@ def gather(models: Sequence[Any], base: Any, name: str, shard_dim: int) -> Input
     ------
     ArgumentError : no tensor, unusable dtype or layout, unequal shapes, devices or cuts.
     """
+    import torch
+
+    if not isinstance(name, str) or not _encodable(name):
+        raise ArgumentError("name is not a tensor's name", code="name", expected="a string of Unicode", got=repr(name))
+    if isinstance(models, (torch.Tensor, Mapping, str)) or not isinstance(models, Iterable):
+        raise ArgumentError(
+            "the models are not a list of tensors", code="models.type", tensor=name, got=type(models).__name__
+        )
+    models = list(models)
     given = [*models] if base is None else [*models, base]
     labels = [f"model {i}" for i in range(len(models))] + (["the base"] if base is not None else [])
     if not 1 <= len(models) <= 64:
@@ -85,6 +94,14 @@ def gather(models: Sequence[Any], base: Any, name: str, shard_dim: int) -> Input
     )
 
 
+def _encodable(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _pieces(shapes: list[tuple[int, ...]], dim: int, name: str) -> tuple[Piece, ...]:
     """Where each shard lies in the unsharded tensor."""
     if len(shapes) == 1:
@@ -109,8 +126,10 @@ def num_threads(argument: int | None) -> int:
     import torch
 
     if argument is not None:
-        if argument < 1:
-            raise ArgumentError("threads must be at least 1", code="threads", got=str(argument))
+        if not isinstance(argument, int) or not 1 <= argument <= 1024:
+            raise ArgumentError(
+                "threads must be at least 1", code="threads", expected="an integer from 1 to 1024", got=repr(argument)
+            )
         return argument
     asked = os.environ.get("MERGEKERNELS_NUM_THREADS", "")
     if asked:
