@@ -223,6 +223,12 @@ def test_outputs_that_are_in_the_way(root, tmp_path):
     (other / "mine.txt").write_text("mine")
     done = call("run", root / "recipe.yml", other)
     assert done.returncode == 6 and "--overwrite" in done.stderr and (other / "mine.txt").read_text() == "mine"
+    done = call("run", root / "recipe.yml", other, "--overwrite")
+    assert done.returncode == 6 and "'mine.txt'" in done.stderr and (other / "mine.txt").read_text() == "mine"
+    (other / "mine.txt").unlink()
+    (other / "model.safetensors").write_text("")
+    (other / "config.json").write_text("{}")
+    assert call("run", root / "recipe.yml", other).returncode == 6
     assert call("run", root / "recipe.yml", other, "--overwrite").returncode == 0
     assert published(other) == published(root / "out")
 

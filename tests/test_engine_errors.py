@@ -142,12 +142,13 @@ def test_an_empty_folder_is_filled(root: Path, tmp_path: Path) -> None:
 def test_an_existing_output_needs_overwrite(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "precious").write_text("x")
+    (out / "model.safetensors").write_text("x")
+    (out / "config.json").write_text("{}")
     with pytest.raises(OutputError, match=r"exists and is not the result of this plan.*--overwrite"):
         cases.run_of(root / "linear.yml", out)
-    assert (out / "precious").read_text() == "x"
+    assert (out / "model.safetensors").read_text() == "x"
     cases.run_of(root / "linear.yml", out, overwrite=True)
-    assert not (out / "precious").exists()
+    assert (out / "model.safetensors.index.json").exists()
     first = cases.published(out)
     assert cases.run_of(root / "linear.yml", out).already_done
     with pytest.raises(OutputError, match="exists and is not the result"):

@@ -167,7 +167,8 @@ def test_file_systems_without_rename_flags(root: Path, tmp_path: Path, code: int
     wanted = expected(root, tmp_path)
     out = tmp_path / "out"
     out.mkdir()
-    (out / "other").write_text("")
+    (out / "other.safetensors").write_text("")
+    (out / "config.json").write_text("{}")
     io = FaultyIo(1, code, ("exchange",), sticky=True)
     cases.run_of(root / "ties.yml", out, io=io, overwrite=True, **OPTIONS)
     assert io.fired

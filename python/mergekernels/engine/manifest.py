@@ -3,8 +3,9 @@
 Keys: format; versions {mergekernels, numeric_policy}; plan_hash; checkpoint_sha256; method, dialect, nan, seed; recipe;
 inputs [{label, path, files [{name, size, mtime_ns, header_sha256}]}]; files [{name, size, sha256, tensors [names in
 order of offset]}]; small_files [{name, size, sha256}]; tensors [{name, dtype, shape, sha256, file, statistics}] in
-order of name; aliases; warnings; manifest_sha256. It holds no time, no host, no output path and nothing about
-threads, memory or backend, so equal plans give equal bytes.
+order of name; aliases; warnings; manifest_sha256. An input's label is its name in the recipe, its path is absolute.
+The manifest holds no time, no host, no output path and nothing about threads, memory or backend, so equal plans give
+equal bytes.
 
 `manifest_sha256` is the SHA-256 of the file's bytes with the 64 digits of that value left out (the value is "").
 """
@@ -18,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from .digests import checkpoint_sha256
 from .identity import input_identities, versions
-from .receipts import Receipt
 
 if TYPE_CHECKING:
     from .plan import Plan
+    from .receipts import Receipt
 
-__all__ = ["FORMAT", "manifest_bytes", "manifest_digest"]
+__all__ = ["FORMAT", "MANIFEST_NAME", "manifest_bytes", "manifest_digest"]
 
+MANIFEST_NAME = "merge_manifest.json"
 FORMAT = "mergekernels.manifest/1"
 
 

@@ -24,6 +24,7 @@ from .smallfiles import SmallFile, small_files
 from .specs import Specs, sources_of
 from .staging import OutState, inspect_out
 from .summary import summarise
+from .target import check_target
 
 __all__ = ["Plan", "make_plan"]
 
@@ -126,7 +127,7 @@ def make_plan(
     state: OutState = None
     problems = _check_sizes(merge)
     if target is not None:
-        problems += _check_target(target, merge)
+        problems += check_target(target, merge, small)
         if not problems:
             state = inspect_out(io, target, digest)
             problems += _check_space(target, files, state)
@@ -200,46 +201,6 @@ def _check_sizes(merge: ResolvedMerge) -> list[MergeError]:
                     )
                 )
     return problems
-
-
-def _check_target(out: Path, merge: ResolvedMerge) -> list[MergeError]:
-    """What forbids writing to `out`, whatever is merged."""
-    parent = out.parent
-    if not parent.is_dir():
-        return [
-            OutputError("the folder that should hold the output does not exist", code="output.parent", file=str(parent))
-        ]
-    if not os.access(parent, os.W_OK | os.X_OK):
-        return [
-            OutputError(
-                "the folder that should hold the output is not writable", code="output.parent", file=str(parent)
-            )
-        ]
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        return [OutputError("the output is there and is not a folder", code="output.kind", file=str(out))]
-    if out.exists() and out.stat().st_dev != parent.stat().st_dev:
-        return [
-            OutputError(
-                "the output is a mount point, and cannot be replaced in one step",
-                code="output.device",
-                file=str(out),
-                hint="Name a folder inside it.",
-            )
-        ]
-    real = parent.resolve() / out.name
-    for checkpoint in merge.inputs:
-        source = checkpoint.path.resolve()
-        if source == real or real in source.parents or source in real.parents:
-            return [
-                OutputError(
-                    "the output would touch an input",
-                    code="output.is-input",
-                    file=str(out),
-                    expected="a folder apart from all inputs",
-                    got=f"input {checkpoint.path}",
-                )
-            ]
-    return []
 
 
 def _check_space(out: Path, files: tuple[OutputFile, ...], state: OutState) -> list[MergeError]:

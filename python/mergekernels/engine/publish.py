@@ -10,6 +10,7 @@ from .fileops import fsync_dir, publish_swap, write_small
 from .manifest import manifest_bytes
 from .receipts import Receipt
 from .staging import MANIFEST_NAME, Staging
+from .target import check_apart, refuse_to_replace
 
 __all__ = ["publish"]
 
@@ -43,6 +44,12 @@ def publish(ctx: Context, staging: Staging, receipts: Sequence[Receipt], *, over
     write_small(io, staging.temporary(MANIFEST_NAME), staging.tree / MANIFEST_NAME, text)
     _remove_strays(ctx, staging)
     fsync_dir(io, staging.tree)
+    if overwrite:
+        # Hours may have passed since the plan.
+        touched = check_apart(staging.out, plan.merge, plan.small)
+        if touched is not None:
+            raise touched
+        refuse_to_replace(staging.out)
     publish_swap(io, staging.tree, staging.out, staging.root / "replaced", replace=overwrite)
     staging.remove()
     fsync_dir(io, staging.out.parent)

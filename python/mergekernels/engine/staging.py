@@ -19,16 +19,17 @@ from typing import Any, Literal
 from ..errors import OutputError
 from .fileops import fsync_dir, output_error, read_small, remove_tree
 from .io import Io
+from .manifest import MANIFEST_NAME
+from .target import STAGING_DIGITS, named, not_a_checkpoint, refuse_to_replace
 
 __all__ = ["MANIFEST_NAME", "OutState", "Staging", "inspect_out", "published"]
 
-MANIFEST_NAME = "merge_manifest.json"
 OutState = Literal["absent", "done", "resumable", "exists"] | None
 _FOLDERS = ("tree", "receipts", "waves", "tmp")
 
 
 def _root(out: Path, plan_hash: str) -> Path:
-    return out.with_name(f"{out.name}.mk-{plan_hash[:16]}")
+    return out.with_name(f"{out.name}.mk-{plan_hash[:STAGING_DIGITS]}")
 
 
 def published(io: Io, out: Path, plan_hash: str) -> dict[str, Any] | None:
@@ -128,14 +129,20 @@ class Staging:
 
     def _refuse(self, overwrite: bool) -> None:
         state = inspect_out(self.io, self.out, self.plan_hash)
+        if state == "exists" and overwrite:
+            refuse_to_replace(self.out)
         if overwrite or state == "done":
             return
         if state == "exists":
+            strange = not_a_checkpoint(self.out)
+            hint = "Name another folder, or use --overwrite to replace it once the merge is complete."
+            if strange:
+                hint = f"Name another folder. It holds {named(strange)}, which --overwrite would not replace."
             raise OutputError(
                 "the output exists and is not the result of this plan",
                 code="output.exists",
                 file=str(self.out),
-                hint="Name another folder, or use --overwrite to replace it once the merge is complete.",
+                hint=hint,
             )
         others = [p for p in self.others() if not self._is_empty(p)]
         if others:

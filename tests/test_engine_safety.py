@@ -1,0 +1,190 @@
+"""What a merge must never destroy, and what its plan must say beforehand."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import engine_cases as cases
+from engine_cases import EIO, FaultyIo
+from mergekernels.errors import MergeError, OutputError, PlanError
+
+SMALL = {"model.embed_tokens.weight": (32, 8), "model.layers.0.mlp.weight": (70, 90), "model.norm.weight": (9,)}
+OPTIONS = {"threads": 2, "tile": 4096}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two models and a base of three tensors, and a recipe for each of two methods."""
+    path = tmp_path / "family"
+    generator = torch.Generator().manual_seed(1)
+    for name in ("base", "tuned1", "tuned2"):
+        cases.save(path / name, {n: torch.randn(s, generator=generator).bfloat16() for n, s in SMALL.items()})
+    cases.recipe(path, "linear", name="linear.yml", parameters={"weight": 0.5})
+    cases.recipe(path, "ties", name="ties.yml", parameters={"weight": 1.0, "density": 0.4})
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Path -> bytes of every file below a folder, links followed."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def refused(path: Path, out: Path, code: str, text: str = "", **options: object) -> None:
+    """A run with --overwrite is refused with this code, and everything lies as before."""
+    before = contents(out.parent)
+    with pytest.raises(MergeError) as caught:
+        cases.run_of(path, out, overwrite=True, **(OPTIONS | options))
+    error = caught.value.problems[0] if isinstance(caught.value, PlanError) else caught.value
+    assert error.code == code
+    assert text in str(error)
+    assert contents(out.parent) == before
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json"])
+@pytest.mark.parametrize("hops", [1, 2])
+def test_a_file_of_an_input_that_is_a_link_into_the_output(root: Path, tmp_path: Path, file: str, hops: int) -> None:
+    """As in a cache whose snapshots are links to blobs."""
+    out = tmp_path / "blobs"
+    cases.save(out, {"a": torch.ones(4)})
+    model = root / "base" if file != "model.safetensors" else root / "tuned2"
+    linked = root / "tuned1"
+    (model / file).rename(out / f"x-{file}")
+    (model / file).symlink_to(Path("..", "..", "blobs", f"x-{file}"))
+    if hops == 2:  # a link in the output itself, which leads out of it again
+        shutil.move(out / f"x-{file}", linked / f"y-{file}")
+        (out / f"x-{file}").symlink_to(linked / f"y-{file}")
+    refused(root / "ties.yml", out, "output.is-input", file)
+
+
+def test_an_index_that_is_a_link_into_the_output(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    cases.save(out, {"a": torch.ones(4)})
+    folder = root / "tuned1"
+    shutil.rmtree(folder)
+    cases.save(folder, {n: torch.ones(s).bfloat16() for n, s in SMALL.items()}, files=2)
+    name = "model.safetensors.index.json"
+    (folder / name).rename(out / name)
+    (folder / name).symlink_to(out / name)
+    refused(root / "ties.yml", out, "output.is-input", name)
+
+
+def test_an_input_folder_reached_through_the_output(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    cases.save(out, {"a": torch.ones(4)})
+    (root / "tuned1").rename(tmp_path / "elsewhere")
+    (out / "link").symlink_to(tmp_path / "elsewhere")
+    (root / "tuned1").symlink_to(out / "link")
+    refused(root / "ties.yml", out, "output.is-input", "tuned1")
+
+
+def test_an_output_in_an_input_that_is_a_link(root: Path, tmp_path: Path) -> None:
+    (root / "tuned1").rename(tmp_path / "elsewhere")
+    (root / "tuned1").symlink_to(tmp_path / "elsewhere")
+    refused(root / "ties.yml", tmp_path / "elsewhere" / "out", "output.is-input")
+
+
+def test_a_hard_link_in_the_output(root: Path, tmp_path: Path) -> None:
+    """The same inode under both names, as a bind mount of a file has it too."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    os.link(root / "tuned1" / "model.safetensors", out / "model.safetensors")
+    refused(root / "ties.yml", out, "output.is-input", "tuned1")
+
+
+def test_an_output_that_is_an_input_under_another_name(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bind mount: another path with the device and inode of an input."""
+    out = tmp_path / "out"
+    cases.save(out, {"a": torch.ones(4)})
+    real = os.stat
+
+    def stat(path: object, *args: object, **kw: object) -> os.stat_result:
+        same = os.fspath(path) == str(out) if isinstance(path, (str, Path)) else False  # type: ignore[arg-type]
+        return real(root / "tuned1" if same else path, *args, **kw)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "stat", stat)
+    refused(root / "ties.yml", out, "output.is-input", "tuned1")
+
+
+def test_the_recipe_in_the_output(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    cases.save(out, {"a": torch.ones(4)})
+    (root / "ties.yml").rename(out / "ties.yml")
+    refused(out / "ties.yml", out, "output.is-input", "ties.yml")
+
+
+def test_inputs_are_looked_at_again_before_the_output_is_replaced(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    cases.save(out, {"a": torch.ones(4)})
+
+    class Late(FaultyIo):
+        """Moves an input's file into the output while the merge publishes."""
+
+        def call(self, name: str, *args: object) -> object:
+            if name == "rename" and Path(str(args[1])).name == "merge_manifest.json":
+                (root / "base" / "tokenizer.json").rename(out / "tokenizer.json")
+                (root / "base" / "tokenizer.json").symlink_to(out / "tokenizer.json")
+            return super().call(name, *args)
+
+    with pytest.raises(OutputError, match="would touch an input") as caught:
+        cases.run_of(root / "ties.yml", out, io=Late(-1, EIO), overwrite=True, **OPTIONS)
+    assert caught.value.code == "output.is-input"
+    assert (root / "base" / "tokenizer.json").read_text() == '{"model": {}}'
+
+
+@pytest.mark.parametrize(
+    ("extra", "published"),
+    [("notes.pdf", False), ("train.py", True), ("folder", False), ("folder", True), ("folder.json", True)],
+)
+def test_overwrite_replaces_nothing_but_a_checkpoint(root: Path, tmp_path: Path, extra: str, published: bool) -> None:
+    out = tmp_path / "out"
+    if published:
+        cases.run_of(root / "linear.yml", out, **OPTIONS)
+    else:
+        cases.save(out, {"a": torch.ones(4)})
+    if extra.startswith("folder"):
+        (out / extra).mkdir()
+    else:
+        (out / extra).write_text("mine")
+    refused(root / "ties.yml", out, "output.not-a-checkpoint", f"got '{extra}'")
+    with pytest.raises(OutputError, match=f"exists and is not the result.*{extra}.*would not replace"):
+        cases.run_of(root / "ties.yml", out, **OPTIONS)
+    os.rmdir(out / extra) if (out / extra).is_dir() else (out / extra).unlink()
+    cases.run_of(root / "ties.yml", out, overwrite=True, **OPTIONS)
+    assert cases.beside(out) == []
+
+
+@pytest.mark.parametrize("names", [["notes.txt", "data.json"], ["model.safetensors"], ["config.json"]])
+def test_overwrite_of_a_folder_that_is_no_checkpoint(root: Path, tmp_path: Path, names: list[str]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in names:
+        (out / name).write_text("mine")
+    refused(root / "ties.yml", out, "output.not-a-checkpoint", f"'{names[-1]}'")
+
+
+def test_the_output_is_looked_at_again_before_it_is_replaced(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    cases.save(out, {"a": torch.ones(4)})
+
+    class Late(FaultyIo):
+        def call(self, name: str, *args: object) -> object:
+            if name == "rename" and Path(str(args[1])).name == "merge_manifest.json":
+                (out / "thesis.tex").write_text("mine")
+            return super().call(name, *args)
+
+    with pytest.raises(OutputError, match=r"thesis\.tex"):
+        cases.run_of(root / "ties.yml", out, io=Late(-1, EIO), overwrite=True, **OPTIONS)
+    assert (out / "thesis.tex").read_text() == "mine"
+    (out / "thesis.tex").unlink()
+    report = cases.run_of(root / "ties.yml", out, overwrite=True, **OPTIONS)
+    assert report.resumed_units == report.units
+    assert json.loads((out / "merge_manifest.json").read_bytes())["method"] == "ties"
