@@ -264,6 +264,6 @@ def test_inputs_that_are_gone_or_changed(tmp_path):
         verify(tmp_path / "out", recompute=1)
     assert verify(tmp_path / "out").ok
     shutil.rmtree(folders[1])
-    with pytest.raises(InputError, match=r"the inputs of this merge cannot be opened.*tuned1"):
+    with pytest.raises(InputError, match=r"tuned1: the input '.*tuned1' of this merge is gone"):
         verify(tmp_path / "out", recompute=1)
     assert verify(tmp_path / "out").ok

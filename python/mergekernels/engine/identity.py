@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from .._version import __version__
@@ -15,7 +17,7 @@ from .layout import OutputFile
 from .resolved import ResolvedMerge, Source
 from .smallfiles import SmallFile
 
-__all__ = ["NUMERIC_POLICY", "canonical_json", "input_identities", "plan_hash", "versions"]
+__all__ = ["NUMERIC_POLICY", "canonical_json", "input_identities", "plan_hash", "real_path", "versions"]
 
 NUMERIC_POLICY = 1
 """Version of the arithmetic: raised when a release gives other bits for the same recipe."""
@@ -32,11 +34,13 @@ def versions() -> dict[str, Any]:
 
 
 def input_identities(merge: ResolvedMerge) -> list[dict[str, Any]]:
-    """Per input: label, path, and name, size, modification time (ns) and header digest of each file."""
+    """Per input: label as written, real absolute path, and name, size, modification time (ns) and header digest of
+    each file. It is the same from every working directory.
+    """
     return [
         {
             "label": c.label or c.path.name,
-            "path": str(c.path),
+            "path": real_path(c.path),
             "files": [
                 {"name": f.path.name, "size": f.size, "mtime_ns": f.mtime_ns, "header_sha256": f.header_sha256}
                 for f in c.files
@@ -44,6 +48,13 @@ def input_identities(merge: ResolvedMerge) -> list[dict[str, Any]]:
         }
         for c in merge.inputs
     ]
+
+
+def real_path(path: Path) -> str:
+    """The absolute path without links. A single file keeps its own name: in a cache it may be a link to a bare digest."""
+    if path.is_dir():
+        return os.path.realpath(path)
+    return os.path.join(os.path.realpath(path.parent), path.name)
 
 
 def _source(source: Source | None) -> list[Any] | None:

@@ -82,15 +82,25 @@ def _merge(manifest: Mapping[str, Any]) -> ResolvedMerge:
             got=f"{policy}, mergekernels {manifest['versions']['mergekernels']}",
             hint="Verify with that version.",
         )
+    located = {i["label"]: Path(i["path"]) for i in manifest["inputs"]}
+    for label, path in located.items():
+        if not path.exists():
+            raise InputError(
+                f"the input '{label}' of this merge is gone",
+                code="verify.inputs",
+                file=str(path),
+                hint="Recomputing needs the inputs where they were. Without --recompute no input is needed.",
+            )
+    # The template may be a file beside the recipe, and makes no tensor.
+    data = {key: value for key, value in manifest["recipe"].items() if key != "chat_template"}
     try:
-        return resolve(load_recipe(manifest["recipe"], lenient=True), seed=manifest["seed"])
+        return resolve(load_recipe(data, lenient=True), seed=manifest["seed"], located=located)
     except MergeError as error:
         problems = error.problems if isinstance(error, PlanError) else [error]
         raise InputError(
             f"the inputs of this merge cannot be opened: {'; '.join(map(str, problems))}",
             code="verify.inputs",
-            hint="Relative paths in a recipe count from the folder in which the command runs. "
-            "Without --recompute no input is needed.",
+            hint="Recomputing needs the inputs as they were. Without --recompute no input is needed.",
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from ...errors import InputError, MergeError, PlanError, RecipeError
@@ -15,10 +16,15 @@ __all__ = ["Inputs"]
 
 
 class Inputs:
-    """The checkpoints of a recipe in order of first use, each opened once."""
+    """The checkpoints of a recipe in order of first use, each opened once.
 
-    def __init__(self, document: Document) -> None:
+    located : where models are, by label; a model that is not there is looked for.
+    """
+
+    def __init__(self, document: Document, located: Mapping[str, Path] | None = None) -> None:
         self.document = document
+        # `./b` finds what was recorded as `b`: the two were one input.
+        self.located = {os.path.normpath(label): path for label, path in (located or {}).items()}
         self.checkpoints: list[Checkpoint] = []
         self.problems: list[MergeError] = []
         self._known: dict[str, int] = {}
@@ -30,9 +36,10 @@ class Inputs:
         if label in self._failed:
             return None
         try:
-            path = self.locate(reference)
+            written = os.path.normpath(label)
+            path = self.located.get(written) or self.locate(reference)
             # `b` and `./b` are one input; a link to it is another, which lets one model be merged twice on purpose.
-            key = os.path.abspath(path)
+            key = written if written in self.located else os.path.abspath(path)
             if key in self._known:
                 return self._known[key]
             checkpoint = open_checkpoint(path, label=label)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,13 @@ __all__ = ["resolve"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 
 
-def resolve(recipe: Recipe, *, seed: int | None = None) -> ResolvedMerge:
+def resolve(recipe: Recipe, *, seed: int | None = None, located: Mapping[str, Path] | None = None) -> ResolvedMerge:
     """Reads the headers of all inputs and resolves the recipe to numbers.
 
     Parameters
     ----------
     recipe : from `load_recipe`. seed : replaces the recipe's, 0 to 2^64 - 1.
+    located : where models are, by their name in the recipe; the others are looked for.
 
     Raises
     ------
@@ -42,19 +44,19 @@ def resolve(recipe: Recipe, *, seed: int | None = None) -> ResolvedMerge:
     """
     if seed is not None and not 0 <= seed < 2**64:
         raise ArgumentError("seed out of range", code="seed", expected="0 to 2^64 - 1", got=str(seed))
-    return _Resolution(recipe).run(seed)
+    return _Resolution(recipe, located or {}).run(seed)
 
 
 class _Resolution:
     """One run of `resolve`."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, located: Mapping[str, Path]) -> None:
         self.recipe = recipe
         self.schema = recipe.schema
         self.document = recipe.document
         self.problems: list[MergeError] = []
         self.warnings: list[str] = list(recipe.warnings)
-        self.inputs = Inputs(recipe.document)
+        self.inputs = Inputs(recipe.document, located)
 
     def run(self, seed: int | None) -> ResolvedMerge:
         """The resolved merge."""
@@ -126,12 +128,22 @@ class _Resolution:
             aliases={tying.head: tying.embedding} if tying is not None and tying.output else {},
             recipe=self.recipe.data,
             recipe_file=self.document.file,
-            warnings=tuple(dict.fromkeys(self.warnings)),
+            warnings=tuple(dict.fromkeys(map(self._anywhere, self.warnings))),
         )
 
     def _error(self, loc: tuple[str | int, ...], message: str, **fields: Any) -> RecipeError:
         fields.setdefault("code", "recipe.value")
         return RecipeError(message, file=self.document.file or None, line=self.document.line(loc), **fields)
+
+    def _anywhere(self, warning: str) -> str:
+        """A warning in words that do not depend on the working directory, for the plan's hash and the manifest."""
+        if self.document.file and warning.startswith(self.document.file + ":"):
+            return Path(self.document.file).name + warning[len(self.document.file) :]
+        for checkpoint in self.inputs.checkpoints:
+            path = str(checkpoint.path)
+            if warning.startswith((path + "/", path + ":")):
+                return checkpoint.label + warning[len(path) :]
+        return warning
 
     def _method(self) -> Method:
         """The method, or the error that there is none: nothing else can be checked then."""
