@@ -6,9 +6,17 @@ import json
 import os
 from pathlib import Path
 
+import pytest
+import torch
+from safetensors.torch import load_file
+
 from engine_cases import family
+from engine_cases import save as save_tensors
+from mergekernels.engine.recipe import load_recipe, resolve
 from mergekernels.engine.run import plan, run
 from mergekernels.engine.verify import MANIFEST_NAME, verify
+from mergekernels.errors import DataError, PlanError
+from recipe_checkpoints import LLAMA, llama_shapes, save
 
 TIES = "merge_method: ties\nbase_model: base\nparameters: {weight: 0.8, density: 0.3}\nmodels:\n"
 
@@ -76,3 +84,52 @@ def test_links_to_one_model_stay_two_inputs(tmp_path, monkeypatch):
     run("l.yml", "out")
     monkeypatch.chdir("/")
     assert verify(tmp_path / "out", recompute=3).ok
+
+
+def models(root: Path, **configs: dict[str, object]) -> None:
+    """Small checkpoints: name -> config; the head is stored where the config has the key "head"."""
+    for name, config in configs.items():
+        head = bool(config.pop("head", False))
+        save(root / name, llama_shapes(head=head), config=LLAMA | config)
+
+
+LINEAR = "merge_method: linear\nparameters: {weight: 0.5}\nmodels: [{model: a}, {model: b}]\n"
+
+
+def test_a_head_that_the_config_does_not_tie_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    models(tmp_path, a={"tie_word_embeddings": False}, b={"tie_word_embeddings": False, "head": True})
+    with pytest.raises(PlanError) as caught:
+        resolve(load_recipe(LINEAR))
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.file, problem.exit_code) == ("input.missing-tensor", "a", 3)
+    assert "'lm_head.weight'" in str(problem)
+
+
+@pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": True}])
+def test_an_embedding_that_stands_for_a_head_is_said(tmp_path, monkeypatch, config):
+    monkeypatch.chdir(tmp_path)
+    models(tmp_path, a=config, b={"head": True})
+    merge = resolve(load_recipe(LINEAR))
+    assert merge.warnings == ("a: 'model.embed_tokens.weight' stands for 'lm_head.weight'",)
+    models(tmp_path, b=config)
+    assert resolve(load_recipe(LINEAR)).warnings == ()
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_the_base_decides_integer_buffers_of_linear(tmp_path, monkeypatch, listed):
+    for i, name in enumerate(("base", "tuned1", "tuned2")):
+        save_tensors(tmp_path / name, {"w": torch.ones(3) * i, "steps": torch.arange(5) + i})
+    text = "merge_method: linear\nparameters: {weight: 0.5, normalize: false}\nmodels:\n- {model: tuned1}\n"
+    text += "- {model: base}\n" * listed + "- {model: tuned2}\n"
+    (tmp_path / "r.yml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="Name a base_model"):
+        run("r.yml", "out", overwrite=True)
+    (tmp_path / "r.yml").write_text(text + "base_model: base\n")
+    report = run("r.yml", "out", overwrite=True)
+    assert any("the base's are taken" in w for w in report.warnings)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found["steps"].equal(torch.arange(5))
+    assert found["w"].equal(torch.full((3,), 1.5)), "the base is an input of linear as before"
+    assert verify(tmp_path / "out", recompute=2).ok

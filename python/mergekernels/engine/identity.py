@@ -51,7 +51,7 @@ def input_identities(merge: ResolvedMerge) -> list[dict[str, Any]]:
 
 
 def real_path(path: Path) -> str:
-    """The absolute path without links. A single file keeps its own name: in a cache it may be a link to a bare digest."""
+    """The absolute path without links. A single file keeps its name: in a cache it may be a link to a bare digest."""
     if path.is_dir():
         return os.path.realpath(path)
     return os.path.join(os.path.realpath(path.parent), path.name)

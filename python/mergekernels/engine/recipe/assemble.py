@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..._methods.arguments import default_of
 from ..._methods.protocol import REQUIRED, Method, Param
 from ...errors import InputError, MergeError, RecipeError
 from ...formats.checkpoint import Checkpoint, TensorInfo
@@ -12,7 +13,7 @@ from ...tensors import DType, promote
 from ..resolved import ResolvedTensor, Source
 from .mapping import Output
 from .names import is_optional_buffer, is_vocabulary
-from .settings import Setting, default_of, find
+from .settings import Setting, find
 from .slices import Slice, SliceSource
 from .source import Document
 
@@ -79,11 +80,12 @@ class Assembler:
         if not self._fits(output, infos):
             return None
         dtypes = [info.dtype for _, info in infos]
-        base = next((Source(s.input, i.name) for s, i in infos if s.is_base), None)
-        models = tuple(Source(s.input, i.name) for s, i in infos if not s.is_base)
         shape = infos[0][1].shape
         if not dtypes[0].is_float:
+            # The base decides here, also where it is one of the merged models.
+            base, models = _parted(infos, [s.is_base for s, _ in infos])
             return ResolvedTensor(output.name, shape, dtypes[0], "buffer", models, base)
+        base, models = _parted(infos, [not s.merged for s, _ in infos])
         params = self._params(output)
         if params is None:
             return None
@@ -235,6 +237,15 @@ class Assembler:
                 hint=f"Give it under the model, or under the top-level parameters for all ({self.method.info.name})",
             )
         )
+
+
+def _parted(
+    infos: list[tuple[SliceSource, TensorInfo]], is_base: list[bool]
+) -> tuple[Source | None, tuple[Source, ...]]:
+    """(the base's tensor, those of the models)."""
+    found = [Source(s.input, i.name) for s, i in infos]
+    base = next((f for f, apart in zip(found, is_base, strict=True) if apart), None)
+    return base, tuple(f for f in found if f != base)
 
 
 def _some(names: list[str]) -> str:

@@ -47,7 +47,8 @@ def depth(checkpoint: Checkpoint, stack: Stack | None) -> tuple[int, list[int]]:
 def find_tying(slices: Sequence[Slice], inputs: Sequence[Checkpoint], warnings: list[str]) -> Tying | None:
     """How embedding and head are tied in each input and in the output; None where no head is stored anywhere.
 
-    An input ties them if its config says so, or if it has no head. The output ties them if all its sources do.
+    An input ties them if its config says so, or if it has no head and a config that does not say. The output ties them
+    if all its sources do.
     """
     used = list(dict.fromkeys(s.input for slice_ in (slices[0], slices[-1]) for s in slice_.sources))
     head, embedding = find_head_and_embedding(dict.fromkeys(name for i in used for name in inputs[i].tensors))
@@ -59,14 +60,17 @@ def find_tying(slices: Sequence[Slice], inputs: Sequence[Checkpoint], warnings: 
         tensors = inputs[i].tensors
         if embedding not in tensors:
             continue
-        says_tied = config_flag(inputs[i].config, "tie_word_embeddings") is True
-        if says_tied or (head not in tensors and tensors[embedding].shape[1:] == width):
+        flag = config_flag(inputs[i].config, "tie_word_embeddings")
+        says_tied = flag is True
+        if says_tied or (flag is None and head not in tensors and tensors[embedding].shape[1:] == width):
             tied.add(i)
         if head in tensors and says_tied:
             warnings.append(
                 f"{inputs[i].label}: '{head}' is stored, but the config ties it to '{embedding}', which is used"
             )
     output = len(tied) == len(used)
+    if not output:
+        warnings += [f"{inputs[i].label}: '{embedding}' stands for '{head}'" for i in used if i in tied]
     if output and {s.input for s in slices[0].sources} != {s.input for s in slices[-1].sources}:
         warnings.append(f"'{head}' is tied to '{embedding}', which the first slice's models make")
     return Tying(head, embedding, frozenset(tied), output)

@@ -21,11 +21,15 @@ Loc = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class SliceSource:
-    """One input of a slice: its position among the inputs, its first layer, its own settings."""
+    """One input of a slice: its position among the inputs, its first layer, its own settings.
+
+    is_base : it is the recipe's base. merged : it is one of the models, which a base is only for some methods.
+    """
 
     input: int
     first: int
     is_base: bool
+    merged: bool
     loc: Loc
     settings: Mapping[str, Setting] = field(default_factory=dict)
 
@@ -42,7 +46,7 @@ class Slice:
     @property
     def models(self) -> tuple[int, ...]:
         """Positions in `sources` of what is merged: all but the base."""
-        return tuple(i for i, s in enumerate(self.sources) if not s.is_base)
+        return tuple(i for i, s in enumerate(self.sources) if s.merged)
 
 
 class SliceBuilder:
@@ -183,20 +187,21 @@ class SliceBuilder:
         label = self.inputs.checkpoints[position].label
         if any(s.input == position for s in others):
             self.error(loc, f"model '{label}' is listed twice", expected="each model once")
-        is_base = position == base and self.info.base != "input"
+        is_base = position == base
+        merged = not is_base or self.info.base == "input"
         settings = self.levels.get(loc, {})
         params = {p.name: p for p in self.info.params}
         for name in list(settings):
             why = None
             if not params[name].per_model:
                 why = "is one value for all models and is not read under a model"
-            elif is_base:
+            elif not merged:
                 why = "is not read from the base model"
             if why is not None:
                 del settings[name]
                 line = self.document.line((*loc, "parameters", name))
                 self.warnings.append(f"line {line}: parameter '{name}' of '{label}' has no effect: it {why}")
-        return SliceSource(position, first, is_base, loc, settings)
+        return SliceSource(position, first, is_base, merged, loc, settings)
 
     def _checked(self, slice_: Slice) -> Slice | None:
         """The slice, if it has a base where one is needed and a possible number of models."""
