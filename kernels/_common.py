@@ -129,9 +129,9 @@ def is_nonfinite(x):
 
 @triton.jit
 def narrow(y, OUT: tl.constexpr):
-    """Value rounded to nearest even to the output dtype, every NaN canonical: (what to store, is it finite).
+    """Value rounded once to nearest even to the output dtype, every NaN canonical: (what to store, is it finite).
 
-    bfloat16 comes as int16. float64 goes through float32 to the 16-bit types, as in torch.
+    bfloat16 comes as int16.
     """
     if OUT == F64:
         bits = y.to(tl.float64).to(tl.int64, bitcast=True)
@@ -141,6 +141,12 @@ def narrow(y, OUT: tl.constexpr):
     else:
         z = y.to(tl.float32)
         bits = z.to(tl.int32, bitcast=True)
+        if OUT != F32 and y.dtype == tl.float64:
+            # Rounded to odd: toward zero, the last bit set where anything was cut off. That bit stands for the rest, so
+            # that the second rounding gives what one rounding of the double would.
+            back = z.to(tl.float64)
+            bits = (bits - (tl.abs(back) > tl.abs(y)).to(tl.int32)) | (back != y).to(tl.int32)
+            z = bits.to(tl.float32, bitcast=True)
         if OUT == F32:
             bits = tl.where(z != z, tl.full(bits.shape, 0x7FC00000, tl.int32), bits)
             finite = (bits & 0x7F800000) != 0x7F800000

@@ -37,6 +37,7 @@ from mergekernels._native import torch_dtype, view_of
 from mergekernels.ops.program import NUM_BINS, Interval, Keep, Program, Sweep
 from mergekernels.ops.selection import Scope, Selection
 from mergekernels.tensors import BF16, F16, F32, F64, DType, Piece, compute_dtype
+from rounding_oracle import ONCE, doubles, rounded_tensor
 
 PROGRAMS = dict(programs())
 KINDS = ("weights", "ties", "nasty")
@@ -368,3 +369,19 @@ def test_out_dtypes_round_to_nearest_even(target: Any) -> None:
         expected = whole.to(torch_dtype(dtype))
         assert torch.equal(out.isnan(), x.isnan())
         assert torch.equal(out[~x.isnan()], expected[~x.isnan()])
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=by_name)
+def test_float64_is_rounded_once_to_16_bits(target: Any, dtype: DType) -> None:
+    """Results and load casts against exact fractions."""
+    xs = [x for t, x, _ in ONCE if t is dtype] + doubles(dtype)
+    exact = rounded_tensor(xs, dtype)
+    x = torch.tensor(xs, dtype=torch.float64)
+    copy = Program((1.0,), (None,), base=False, copy=True)
+    assert torch.equal(bits(check_stream(*target, copy, None, [x], dtype)), bits(exact))
+    loaded = check_stream(*target, copy, None, [x], F64, casts=[None, dtype])
+    assert torch.equal(bits(loaded)[~x.isnan()], bits(exact.double())[~x.isnan()])
+    total = check_stream(
+        *target, Program((1.0, 1.0), (None, None), base=False), None, [x, torch.full_like(x, 2.0**-40)], dtype
+    )
+    assert torch.equal(bits(total), bits(rounded_tensor([v + 2.0**-40 for v in xs], dtype)))

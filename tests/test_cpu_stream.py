@@ -29,6 +29,7 @@ from mergekernels._backends import cpu, reference
 from mergekernels._native import torch_dtype, view_of
 from mergekernels.ops.program import KEEP_NOTHING, Keep, Program
 from mergekernels.tensors import BF16, F16, F32, F64, Piece, TensorView
+from rounding_oracle import ONCE, doubles, rounded_tensor
 
 
 @pytest.fixture(autouse=True, params=ISAS)
@@ -128,6 +129,27 @@ def test_float64_narrowed_on_loading_in_float32_arithmetic() -> None:
     models = [values("normal", 500, F64, m) for m in range(2)]
     program = Program((1.0, 2.0), (None, None), base=False)
     check_stream(program, None, models, BF16, F32, casts=[F32, BF16])
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_float64_is_rounded_once_to_16_bits(dtype: str) -> None:
+    """Results and load casts, in both arithmetics, and the reference too, against exact fractions."""
+    d = DTYPES[dtype]
+    assert all(float(rounded_tensor([x], t)) == y for t, x, y in ONCE)
+    xs = [x for t, x, _ in ONCE if t is d] + doubles(d)
+    exact = rounded_tensor(xs, d)
+    x = torch.tensor(xs, dtype=torch.float64)
+    copy = Program((1.0,), (None,), base=False, copy=True)
+    assert same_bits(check_stream(copy, None, [x], d, F64, threads=2), exact)
+    for compute, out in ((F64, F64), (F64, d), (F32, F32), (F32, d)):
+        loaded = check_stream(copy, None, [x], out, compute, casts=[d])
+        assert same_bits(loaded.to(exact.dtype)[~x.isnan()], exact[~x.isnan()])
+        assert bool(loaded[x.isnan()].isnan().all())
+    # A sum of which no input needs rounding.
+    total = check_stream(
+        Program((1.0, 1.0), (None, None), base=False), None, [x, torch.full_like(x, 2.0**-40)], d, F64, stats=False
+    )
+    assert same_bits(total, rounded_tensor([v + 2.0**-40 for v in xs], d))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

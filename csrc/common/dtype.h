@@ -1,6 +1,8 @@
 // Element types as bit patterns: exact widening, and rounding to nearest even with integers.
 #pragma once
 
+#include <cmath>
+
 #include "common/hd.h"
 
 namespace mergekernels {
@@ -50,8 +52,19 @@ MK_HD std::uint64_t double_to_canonical(double x) {
   return (u & 0x7FFFFFFFFFFFFFFFull) > 0x7FF0000000000000ull ? 0x7FF8000000000000ull : u;
 }
 
-// One element type: its storage, widening to float or double, and the rounded store. A double goes to 16 bits through
-// float, as in torch.
+// What is rounded to 16 bits, as a float. A double is rounded to odd: toward zero, with the last bit set where anything
+// was cut off. That bit stands for the rest, so that the second rounding gives what one rounding of the double would.
+MK_HD float before_16_bits(float x) { return x; }
+
+MK_HD float before_16_bits(double x) {
+  const float nearest = float(x);
+  const double back = double(nearest);
+  const std::uint32_t away = fabs(back) > fabs(x) ? 1u : 0u;
+  const std::uint32_t inexact = back != x ? 1u : 0u;
+  return bits_as<float>((bits_as<std::uint32_t>(nearest) - away) | inexact);
+}
+
+// One element type: its storage, widening to float or double, and the store, rounded once to nearest even.
 template <int kDType>
 struct Element;
 
@@ -64,7 +77,7 @@ struct Element<kBF16> {
   }
   template <class C>
   MK_HD static Bits store(C x) {
-    return float_to_bf16(float(x));
+    return float_to_bf16(before_16_bits(x));
   }
 };
 
@@ -77,7 +90,7 @@ struct Element<kF16> {
   }
   template <class C>
   MK_HD static Bits store(C x) {
-    return float_to_half(float(x));
+    return float_to_half(before_16_bits(x));
   }
 };
 

@@ -66,7 +66,6 @@ struct Found {
 
 struct SweepArgs {
   int num_models;
-  int has_base;
   Piece piece;
   std::int64_t first, n;  // n below 2^31
   Source base;

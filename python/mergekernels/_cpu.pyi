@@ -139,7 +139,7 @@ def stream(
     """Runs the fused pass on one piece; without `out` only the statistics are taken.
 
     With norms (`stats` with blocks) a piece must be flat, begin at a multiple of 4096 and, but for the tensor's last
-    block, hold whole blocks; ValueError otherwise. float64 goes to 16 bits through float32, as in torch.
+    block, hold whole blocks; ValueError otherwise. Results are rounded once.
 
     program: (weights, keep, base, consensus, zero_vote, divisor, divisor_value, scale, copy, seed, tensor) with keep a
     list of None or

@@ -69,6 +69,8 @@ def operands(base: TensorView | None, models: Sequence[TensorView | None], compu
     every input is first converted by torch to `compute` (through the cast, if any), which is exact but takes memory for
     the copies. Strided inputs are copied to dense ones.
     """
+    from .reference.common import to_dtype
+
     views = [v for v in [base, *models] if v is not None]
     dtypes = {v.dtype for v in views}
     plain = len(dtypes) == 1 and all(v.cast is None or v.cast is v.dtype for v in views)
@@ -81,7 +83,7 @@ def operands(base: TensorView | None, models: Sequence[TensorView | None], compu
         x = to_torch(view)
         if not plain:
             if view.cast is not None:
-                x = x.to(torch_dtype(view.cast))
+                x = to_dtype(x, torch_dtype(view.cast))
             x = x.to(torch_dtype(compute))
         return x.reshape(-1).contiguous()
 

@@ -17,8 +17,20 @@ def load(view: TensorView, compute: DType) -> torch.Tensor:
     """The values of a view as a flat tensor in the compute dtype, after the load cast."""
     x = to_torch(view).reshape(-1)
     if view.cast is not None:
-        x = x.to(torch_dtype(view.cast))
+        x = to_dtype(x, torch_dtype(view.cast))
     return x.to(torch_dtype(compute))
+
+
+def to_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """X in a floating-point dtype, rounded once to nearest even; torch takes float64 to 16 bits in two roundings."""
+    if x.dtype != torch.float64 or dtype not in (torch.bfloat16, torch.float16):
+        return x.to(dtype)
+    # Rounded to odd in float32: toward zero, the last bit set where anything was cut off. That bit stands for the rest,
+    # so that the second rounding gives what one rounding of the double would.
+    nearest = x.float()
+    back = nearest.double()
+    bits = (nearest.view(torch.int32) - (back.abs() > x.abs()).int()) | (back != x).int()
+    return bits.view(torch.float32).to(dtype)
 
 
 def delta(x: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from ..._native import to_torch, torch_dtype
 from ...ops.program import Program
 from ...tensors import CANONICAL_BLOCK, DType, Piece, TensorView
-from .common import delta, flat_index, keys, load, tie_words
+from .common import delta, flat_index, keys, load, tie_words, to_dtype
 
 if TYPE_CHECKING:
     from ..._cpu import StreamStats
@@ -71,7 +71,7 @@ def stream(
         ):
             result = to_torch(models[0]).reshape(-1)
         else:
-            result = canonical_nan(y.to(torch_dtype(out.dtype)))
+            result = canonical_nan(to_dtype(y, torch_dtype(out.dtype)))
         target.copy_(result.reshape(target.shape))
     if stats is not None:
         _count(stats, piece, g, x0, xs, deltas, kept, weighted, total, result)
