@@ -6,6 +6,7 @@ to do. It can be turned into a dictionary and back, so that a worker process can
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 __all__ = [
@@ -18,7 +19,16 @@ __all__ = [
     "OutputError",
     "PlanError",
     "RecipeError",
+    "nearest",
 ]
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """A hint with the known name most like `name`, if there is one."""
+    from difflib import get_close_matches  # needed only once something is wrong
+
+    near = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"Did you mean '{near[0]}'?" if near else None
 
 
 class MergeError(Exception):
@@ -63,7 +73,7 @@ class MergeError(Exception):
             parts.append(f"{self.file}:{self.line}: " if self.line is not None else f"{self.file}: ")
         elif self.line is not None:
             parts.append(f"line {self.line}: ")
-        if self.tensor is not None:
+        if self.tensor:  # a tensor of the library may have no name
             parts.append(f"tensor '{self.tensor}': ")
         parts.append(self.message)
         if self.expected is not None:

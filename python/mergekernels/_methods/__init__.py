@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
-
-from ..errors import ArgumentError
+from ..errors import ArgumentError, nearest
 from .linear import Linear
 from .passthrough import Passthrough
 from .protocol import Method
@@ -28,14 +26,13 @@ def get(name: str) -> Method:
     ------
     ArgumentError : there is none; the message lists all and the nearest.
     """
-    method = _METHODS.get(name)
+    method = _METHODS.get(name) if isinstance(name, str) else None
     if method is None:
-        near = get_close_matches(name, _METHODS, n=1)
         raise ArgumentError(
             "unknown merge method",
             code="method.unknown",
             expected="one of " + ", ".join(_METHODS),
             got=repr(name),
-            hint=f"Did you mean '{near[0]}'?" if near else None,
+            hint=nearest(name, _METHODS) if isinstance(name, str) else None,
         )
     return method

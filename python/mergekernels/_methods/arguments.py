@@ -1,37 +1,89 @@
-"""Keyword arguments of a library call, checked against a method's parameters."""
+"""Values of a method's parameters, checked: keyword arguments of a library call, and for recipes single values."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, Literal
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, nearest
 from .protocol import REQUIRED, Method, Param
 
-__all__ = ["bind", "why_not_value"]
+__all__ = ["Unusable", "bind", "convert", "default_of"]
 
 
-def why_not_value(param: Param, value: Any) -> str | None:
-    """What `param` expects, if `value` is not that; None if it is fine."""
-    if value is None and param.default is None:
-        return None
+class Unusable(Exception):
+    """A value that a parameter cannot have.
+
+    problem : "wrong type", "out of range" or "not a possible value". expected : what it can have. hint : or None.
+    """
+
+    def __init__(self, problem: str, expected: str, hint: str | None = None) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.expected = expected
+        self.hint = hint
+
+
+def convert(param: Param, value: Any, *, recipe: bool = False) -> Any:
+    """One value (not None) in the type of `param`: a double, int, bool or str.
+
+    recipe : YAML's spellings count too: numbers that it reads as text (`1e-3`), and 0 and 1 for false and true.
+        Neither there nor here is `true` a number.
+
+    Raises
+    ------
+    Unusable
+    """
     if param.kind == "bool":
-        return None if isinstance(value, bool) else "true or false"
+        if isinstance(value, bool) or (recipe and isinstance(value, (int, float)) and value in (0, 1)):
+            return bool(value)
+        raise Unusable("wrong type", "true or false")
     if param.kind == "str":
-        return None if value in param.choices else "one of " + ", ".join(param.choices)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if param.kind == "int":
-        number = isinstance(value, int) and not isinstance(value, bool)
-    if not number or not math.isfinite(value):
-        return "a finite number" if param.kind == "float" else "an integer"
+        if isinstance(value, str) and (not param.choices or value in param.choices):
+            return value
+        if not param.choices:
+            raise Unusable("wrong type", "a string")
+        hint = nearest(value, param.choices) if isinstance(value, str) else None
+        raise Unusable("not a possible value", "one of " + ", ".join(param.choices), hint)
+    number = _number(value, param.kind, text=recipe)
+    if number is None:
+        raise Unusable("wrong type", "an integer" if param.kind == "int" else "a finite number")
     low, high = param.low, param.high
-    if (low is not None and value < low) or (high is not None and value > high):
-        if high is None:
-            return f"a number of at least {low:g}"
-        return f"a number in [{low:g}, {high:g}]" if low is not None else f"a number of at most {high:g}"
-    return None
+    if (low is not None and number < low) or (high is not None and number > high):
+        raise Unusable("out of range", _range(low, high))
+    return number
+
+
+def _range(low: float | None, high: float | None) -> str:
+    if low is not None and high is not None:
+        return f"a number in [{low:g}, {high:g}]"
+    return f"a number of at least {low:g}" if low is not None else f"a number of at most {high:g}"
+
+
+def _number(value: Any, kind: Literal["float", "int"], *, text: bool) -> float | int | None:
+    """The finite double, or the integer; None if it is none."""
+    if isinstance(value, bool) or not isinstance(value, (Real, str) if text else Real):
+        return None
+    if kind == "int" and isinstance(value, Integral):
+        return int(value)
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    if not math.isfinite(number):
+        return None
+    if kind == "int":
+        return int(number) if text and number.is_integer() else None
+    return number
+
+
+def default_of(param: Param, dialect: str) -> Any:
+    """The default of `param` in a dialect: REQUIRED if it must be given."""
+    if param.default is REQUIRED and dialect in param.optional_in:
+        return 1.0
+    return param.default
 
 
 def bind(
@@ -52,17 +104,17 @@ def bind(
             code="dialect.unknown",
             expected="one of " + ", ".join(info.dialects),
             got=repr(dialect),
+            hint=nearest(dialect, info.dialects) if isinstance(dialect, str) else None,
         )
     known = {p.keyword: p for p in info.params}
     for keyword in arguments:
         if keyword not in known:
-            near = get_close_matches(keyword, known, n=1)
             raise ArgumentError(
                 f"{info.name} has no parameter '{keyword}'",
                 code="parameter.unknown",
                 expected="one of " + ", ".join(known),
                 got=keyword,
-                hint=f"Did you mean '{near[0]}'?" if near else None,
+                hint=nearest(keyword, known),
             )
     params = {
         p.name: _value(p, info.name, arguments.get(p.keyword, REQUIRED), num_models, dialect) for p in info.params
@@ -75,9 +127,7 @@ def bind(
 
 def _value(param: Param, method: str, given: Any, num_models: int, dialect: str) -> Any:
     if given is REQUIRED:
-        given = param.default
-        if given is REQUIRED and dialect in param.optional_in:
-            given = 1.0
+        given = default_of(param, dialect)
         if given is REQUIRED:
             raise ArgumentError(
                 f"{method} needs '{param.keyword}'",
@@ -101,9 +151,15 @@ def _value(param: Param, method: str, given: Any, num_models: int, dialect: str)
 
 
 def _one(param: Param, method: str, value: Any) -> Any:
-    expected = why_not_value(param, value)
-    if expected is not None:
+    if value is None and param.default is None:
+        return None
+    try:
+        return convert(param, value)
+    except Unusable as error:
         raise ArgumentError(
-            f"{method}: '{param.keyword}' is not usable", code="parameter.value", expected=expected, got=repr(value)
-        )
-    return float(value) if param.kind == "float" and value is not None else value
+            f"{method}: '{param.keyword}' is not usable",
+            code="parameter.value",
+            expected=error.expected,
+            got=repr(value),
+            hint=error.hint,
+        ) from None

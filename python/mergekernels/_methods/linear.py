@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from ..ops.program import Program
-from .common import nonzero_sum, weight
-from .protocol import Coeffs, MethodInfo, Param, Round, Spec
-
-if TYPE_CHECKING:
-    from .._cpu import StreamStats, SweepStats
+from .common import Direct, check_factors, is_zero_sum, nonzero_sum, weight
+from .protocol import Coeffs, MethodInfo, Param, Spec
 
 __all__ = ["Linear"]
 
 
-class Linear:
+class Linear(Direct):
     """y = sum of w_t x_t, divided by the sum of w_t if `normalize`."""
 
     info = MethodInfo(
@@ -38,25 +35,15 @@ class Linear:
     )
 
     def check(self, params: Mapping[str, Any], dialect: str, nan: str) -> list[str]:
-        """Weights that sum to zero cannot be normalised."""
-        if params["normalize"] and nan == "error" and sum(params["weight"]) == 0.0:
-            return ["the weights sum to zero, and normalize divides by their sum"]
+        """Weights that sum to zero in any compute dtype cannot be normalised; `apply` knows the dtype."""
+        if params["normalize"] and nan == "error" and is_zero_sum(params["weight"]):
+            problem = "the weights sum to zero, and normalize divides by their sum"
+            return [f"{problem}; expected a sum other than 0; got {list(params['weight'])}"]
         return []
-
-    def scope(self, params: Mapping[str, Any], dialect: str) -> Literal["tensor", "model"]:
-        """Nothing is measured."""
-        return "tensor"
-
-    def start(self, spec: Spec) -> Round | Coeffs:
-        """No data is needed."""
-        return Coeffs()
-
-    def resolve(self, spec: Spec, round_: Round, stats: SweepStats | StreamStats, visited: int) -> Round | Coeffs:
-        """Never called: there are no rounds."""
-        return Coeffs()
 
     def apply(self, spec: Spec, coeffs: Coeffs) -> Program:
         """The weighted sum."""
+        check_factors(spec, "weight")
         weights = spec.params["weight"]
         keep = (None,) * spec.num_models
         if not spec.params["normalize"]:

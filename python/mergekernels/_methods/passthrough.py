@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
-
 from ..ops.program import Program
-from .protocol import Coeffs, MethodInfo, Param, Round, Spec
-
-if TYPE_CHECKING:
-    from .._cpu import StreamStats, SweepStats
+from .common import Direct, check_factors
+from .protocol import Coeffs, MethodInfo, Param, Spec
 
 __all__ = ["Passthrough"]
 
 
-class Passthrough:
+class Passthrough(Direct):
     """y = x, or scale * x."""
 
     info = MethodInfo(
@@ -29,23 +24,8 @@ class Passthrough:
         deviations=("it alone preserves -0 and returns identical models exactly",),
     )
 
-    def check(self, params: Mapping[str, Any], dialect: str, nan: str) -> list[str]:
-        """Every combination works."""
-        return []
-
-    def scope(self, params: Mapping[str, Any], dialect: str) -> Literal["tensor", "model"]:
-        """Nothing is measured."""
-        return "tensor"
-
-    def start(self, spec: Spec) -> Round | Coeffs:
-        """No data is needed."""
-        return Coeffs()
-
-    def resolve(self, spec: Spec, round_: Round, stats: SweepStats | StreamStats, visited: int) -> Round | Coeffs:
-        """Never called: there are no rounds."""
-        return Coeffs()
-
     def apply(self, spec: Spec, coeffs: Coeffs) -> Program:
         """The copy."""
+        check_factors(spec, "scale")
         scale = spec.params["scale"][0]
         return Program((1.0,), (None,), base=False, scale=1.0 if scale is None else scale, copy=True)

@@ -13,7 +13,6 @@ of the scope before `resolve`, and every tensor gets its own program from the co
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -25,7 +24,7 @@ from ..tensors import DType
 if TYPE_CHECKING:
     from .._cpu import StreamStats, SweepStats
 
-__all__ = ["REQUIRED", "Coeffs", "Method", "MethodInfo", "Param", "Round", "Spec", "to_compute"]
+__all__ = ["REQUIRED", "Coeffs", "Method", "MethodInfo", "Param", "Round", "Spec"]
 
 
 class _Required:
@@ -67,7 +66,7 @@ class Param:
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """The description of a method; `mergekernels methods NAME` and docs/methods.md print it.
+    """The description of a method; `mergekernels methods NAME` prints it.
 
     base : "required"; "optional"; "input" (a base, if listed, is one more input and never subtracted).
     min_models, max_models : number of non-base models (of inputs for base = "input").
@@ -164,8 +163,3 @@ class Method(Protocol):
     def apply(self, spec: Spec, coeffs: Coeffs) -> Program:
         """The fused pass for this tensor."""
         ...
-
-
-def to_compute(value: float, compute: DType) -> float:
-    """A double rounded once to the compute dtype."""
-    return value if compute.name == "F64" else float(struct.unpack("f", struct.pack("f", value))[0])

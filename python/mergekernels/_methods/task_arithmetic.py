@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
-
 from ..ops.program import Program
-from .common import INT8_MASK, LAMBDA, no_effect, weight, weight_sum
-from .protocol import Coeffs, MethodInfo, Param, Round, Spec
-
-if TYPE_CHECKING:
-    from .._cpu import StreamStats, SweepStats
+from .common import INT8_MASK, LAMBDA, Direct, check_factors, finite_sum, no_effect, weight
+from .protocol import Coeffs, MethodInfo, Param, Spec
 
 __all__ = ["TaskArithmetic"]
 
 
-class TaskArithmetic:
+class TaskArithmetic(Direct):
     """y = x0 + lambda * sum of w_t d_t, the sum divided by the sum of w_t if `normalize`."""
 
     info = MethodInfo(
@@ -37,28 +31,13 @@ class TaskArithmetic:
         "mergekit merge_methods/generalized_task_arithmetic.py",
     )
 
-    def check(self, params: Mapping[str, Any], dialect: str, nan: str) -> list[str]:
-        """Every combination works."""
-        return []
-
-    def scope(self, params: Mapping[str, Any], dialect: str) -> Literal["tensor", "model"]:
-        """Nothing is measured."""
-        return "tensor"
-
-    def start(self, spec: Spec) -> Round | Coeffs:
-        """No data is needed."""
-        return Coeffs()
-
-    def resolve(self, spec: Spec, round_: Round, stats: SweepStats | StreamStats, visited: int) -> Round | Coeffs:
-        """Never called: there are no rounds."""
-        return Coeffs()
-
     def apply(self, spec: Spec, coeffs: Coeffs) -> Program:
         """The weighted sum of deltas on top of the base."""
+        check_factors(spec, "weight", "lambda")
         weights, scale = spec.params["weight"], spec.params["lambda"]
         keep = (None,) * spec.num_models
         if not spec.params["normalize"]:
             return Program(weights, keep, scale=scale)
-        total = weight_sum(weights, spec.compute)
+        total = finite_sum(spec, weights)
         value = 1.0 if abs(total) < 1e-8 else total
         return Program(weights, keep, divisor="value", divisor_value=value, scale=scale)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ..ops.program import KEEP_NOTHING, Keep, Program
 from ..ops.selection import Scope, Selection, localise
-from .common import INT8_MASK, LAMBDA, weight
+from .common import INT8_MASK, LAMBDA, check_factors, weight
 from .protocol import Coeffs, MethodInfo, Param, Round, Spec
 
 if TYPE_CHECKING:
@@ -91,10 +91,11 @@ class Ties:
         """The paper has no weights; rescale is not available yet."""
         problems = []
         if dialect == "paper" and any(w not in (None, 1.0) for w in params["weight"]):
-            problems.append(f"the paper's dialect has no weights; expected weight 1, got {list(params['weight'])}")
+            problems.append(f"the paper's dialect has no weights; expected weight 1; got {list(params['weight'])}")
         if params["rescale"]:
             problems.append(
-                "rescale: true is not available for ties in this version; planned with the reducing methods"
+                "rescale: true is not available for ties in this version, it is planned with the reducing methods; "
+                "expected false; got true"
             )
         return problems
 
@@ -105,6 +106,7 @@ class Ties:
 
     def start(self, spec: Spec) -> Round | Coeffs:
         """The selection of the largest entries, unless every density is 0 or 1."""
+        check_factors(spec, "weight", "lambda")
         scope = self.scope(spec.params, spec.dialect)
         n = spec.scope.n
         points: list[Keep | None] = []
@@ -137,6 +139,7 @@ class Ties:
 
     def apply(self, spec: Spec, coeffs: Coeffs) -> Program:
         """Trim at the points, elect, average, add."""
+        check_factors(spec, "weight", "lambda")
         paper = spec.dialect == "paper"
         normalize = spec.params["normalize"]
         return Program(

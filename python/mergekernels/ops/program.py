@@ -6,7 +6,10 @@ A program holds numbers only. Methods build it on the host; a backend turns it i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from ..errors import ArgumentError
+from .arguments import check_bool, check_choice, check_integer, check_number
 
 __all__ = ["KEEP_NOTHING", "MAX_KEY", "NUM_BINS", "Interval", "Keep", "Program", "Sweep", "bin_shift"]
 
@@ -26,12 +29,22 @@ class Keep:
 
     tau : key, the bits of |delta| in the compute dtype. word : 32 bits. index : flat index in the tensor,
     -1 for none at that word.
+
+    Raises
+    ------
+    ArgumentError : a field is of another type or out of its range.
     """
 
     tau: int
     ties: Literal["all", "none", "hash", "index"] = "all"
     word: int = 0
     index: int = -1
+
+    def __post_init__(self) -> None:
+        check_integer(self.tau, 0, 1 << 64, "tau")
+        check_choice(self.ties, ("all", "none", "hash", "index"), "ties")
+        check_integer(self.word, 0, 1 << 32, "word")
+        check_integer(self.index, -1, 1 << 63, "index")
 
 
 KEEP_NOTHING = Keep(tau=2**64 - 1, ties="none")
@@ -67,6 +80,10 @@ class Program:
     keep : one entry per model, None keeps everything (no trimming).
     zero_vote : sign used where s == 0; 0 lets the coordinate stay at the base.
     seed, tensor : 64-bit seed and 32-bit tensor id of the Philox counter, for "hash" ties.
+
+    Raises
+    ------
+    ArgumentError : a field is of another type or out of its range, or weights and keep differ in length.
     """
 
     weights: tuple[float, ...]
@@ -80,6 +97,39 @@ class Program:
     copy: bool = False
     seed: int = 0
     tensor: int = 0
+
+    def __post_init__(self) -> None:
+        num_models = _length(self.weights, "weights")
+        if not 1 <= num_models <= 64:
+            raise _refusal("weights", "1 to 64 numbers, one per model", f"{num_models}")
+        for t, weight in enumerate(self.weights):
+            check_number(weight, f"weights[{t}]")
+        if _length(self.keep, "keep") != num_models:
+            raise _refusal("keep", f"{num_models} entries, one per weight", f"{len(self.keep)}")
+        for t, keep in enumerate(self.keep):
+            if keep is not None and not isinstance(keep, Keep):
+                raise _refusal(f"keep[{t}]", "a Keep or None", repr(keep))
+        check_choice(self.consensus, ("none", "sum"), "consensus")
+        check_choice(self.divisor, ("none", "value", "agreeing_weights", "agreeing_count"), "divisor")
+        check_integer(self.zero_vote, -1, 2, "zero_vote")
+        check_number(self.divisor_value, "divisor_value")
+        check_number(self.scale, "scale")
+        check_bool(self.base, "base")
+        check_bool(self.copy, "copy")
+        check_integer(self.seed, 0, 1 << 64, "seed")
+        check_integer(self.tensor, 0, 1 << 32, "tensor")
+        if self.copy and num_models != 1:
+            raise _refusal("copy", "one model to copy", f"{num_models} models")
+
+
+def _length(values: Any, name: str) -> int:
+    if not isinstance(values, tuple):
+        raise _refusal(name, "a tuple, one entry per model", type(values).__name__)
+    return len(values)
+
+
+def _refusal(name: str, expected: str, got: str) -> ArgumentError:
+    return ArgumentError(f"{name} is not usable", code=f"program.{name.partition('[')[0]}", expected=expected, got=got)
 
 
 @dataclass(frozen=True)

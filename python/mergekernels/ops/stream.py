@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .. import _cpu
 from .._backends.dispatch import Backend, pick, requested
-from .._checks import nonfinite
-from .._native import view_of
+from .._checks import check_out, nonfinite
+from .._native import torch_dtype, view_of
+from ..errors import ArgumentError
 from ..tensors import promote
+from .arguments import check_choice, check_range
 from .inputs import Inputs, gather, num_threads
+from .output import check_out_dtype
 from .program import Program
 from .selection import Scope
 
@@ -72,7 +75,9 @@ def stream(
     Parameters
     ----------
     models : tensors of one shape, as many as the program has weights. base : needed iff program.base.
-    out, out_dtype : where the result goes, or its dtype (default: the promoted dtype of the inputs).
+    out, out_dtype : where the result goes, or its dtype (default: the promoted dtype of the inputs); bfloat16, float16,
+        float32 or float64.
+    name : the tensor's name, for messages. nan : "error" refuses NaN, Inf and overflow; "propagate" lets them through.
 
     Raises
     ------
@@ -80,10 +85,23 @@ def stream(
     """
     import torch
 
-    from .._checks import check_out
-    from .._native import torch_dtype
-    from ..errors import ArgumentError
-
+    if not isinstance(program, Program):
+        raise ArgumentError(
+            "program is not usable",
+            code="program",
+            tensor=name,
+            expected="a mergekernels.ops.Program",
+            got=type(program).__name__,
+        )
+    check_choice(nan, ("error", "propagate"), "nan", name)
+    if out_dtype is not None:
+        check_out_dtype(out_dtype, name)
+    if out is not None:
+        if not isinstance(out, torch.Tensor):
+            raise ArgumentError(
+                "out is not usable", code="out", tensor=name, expected="a tensor", got=type(out).__name__
+            )
+        check_out_dtype(out.dtype, name, "the dtype of out")
     if (base is not None) != program.base or len(models) != len(program.weights):
         raise ArgumentError(
             "the inputs do not fit the program",
@@ -94,7 +112,12 @@ def stream(
         )
     inputs = gather(models, base, name, 0)
     if inputs.sharded:
-        raise ArgumentError("stream takes whole tensors", code="stream.inputs", tensor=name, got="lists of shards")
+        raise ArgumentError(
+            "stream takes whole tensors", code="stream.inputs", tensor=name, expected="tensors", got="lists of shards"
+        )
+    check_range(program.weights, inputs.compute, "weights", name)
+    check_range((program.divisor_value,), inputs.compute, "divisor_value", name)
+    check_range((program.scale,), inputs.compute, "scale", name)
     first = inputs.tensors[0][0]
     dtype = out_dtype or torch_dtype(promote([v.dtype for v in inputs.all_views]))
     if out is None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..._methods.protocol import REQUIRED, MethodInfo, Param
-from ...errors import MergeError, RecipeError
+from ..._methods.arguments import Unusable, convert
+from ..._methods.protocol import MethodInfo, Param
+from ...errors import MergeError, RecipeError, nearest
 from .source import Document
-from .values import nearest
 
-__all__ = ["Condition", "Setting", "compile_level", "default_of", "find"]
+__all__ = ["Condition", "Setting", "compile_level", "find"]
 
 Loc = tuple[str | int, ...]
 
@@ -78,13 +77,6 @@ def find(levels: Iterable[Setting | None], name: str, t: float | None) -> Any:
     return None
 
 
-def default_of(param: Param, dialect: str) -> Any:
-    """The default of `param`: REQUIRED if it must be given."""
-    if param.default is REQUIRED and dialect in param.optional_in:
-        return 1.0
-    return param.default
-
-
 def compile_level(
     document: Document,
     loc: Loc,
@@ -142,7 +134,9 @@ class _Compiler:
         self.param = param
         self.problems = problems
 
-    def _error(self, loc: Loc, message: str, *, expected: str | None = None, got: Any = None) -> None:
+    def _error(
+        self, loc: Loc, message: str, *, expected: str | None = None, got: Any = None, hint: str | None = None
+    ) -> None:
         self.problems.append(
             RecipeError(
                 f"parameter '{self.param.name}': {message}",
@@ -151,6 +145,7 @@ class _Compiler:
                 line=self.document.line(loc),
                 expected=expected,
                 got=None if got is None else repr(got)[:60],
+                hint=hint,
             )
         )
 
@@ -202,40 +197,9 @@ class _Compiler:
 
     def _scalar(self, loc: Loc, value: Any) -> Any:
         """The value in the parameter's type, or None after saying what is wrong."""
-        param = self.param
-        if param.kind == "bool":
-            if isinstance(value, bool) or (isinstance(value, (int, float)) and value in (0, 1)):
-                return bool(value)
-            self._error(loc, "wrong type", expected="true or false", got=value if value is not None else "nothing")
+        try:
+            return convert(self.param, value, recipe=True)
+        except Unusable as error:
+            got = value if value is not None else "nothing"
+            self._error(loc, error.problem, expected=error.expected, got=got, hint=error.hint)
             return None
-        if param.kind == "str":
-            if isinstance(value, str) and (not param.choices or value in param.choices):
-                return value
-            expected = "one of " + ", ".join(param.choices) if param.choices else "a string"
-            self._error(loc, "not a possible value", expected=expected, got=value if value is not None else "nothing")
-            return None
-        number = _number(value)
-        if number is None or (param.kind == "int" and number != int(number)):
-            expected = "an integer" if param.kind == "int" else "a number"
-            self._error(loc, "wrong type", expected=expected, got=value if value is not None else "nothing")
-            return None
-        low, high = param.low, param.high
-        if (low is not None and number < low) or (high is not None and number > high):
-            if low is not None and high is not None:
-                expected = f"a number from {low:g} to {high:g}"
-            else:
-                expected = f"at least {low:g}" if low is not None else f"at most {high:g}"
-            self._error(loc, "out of range", expected=expected, got=value)
-            return None
-        return int(number) if param.kind == "int" else number
-
-
-def _number(value: Any) -> float | None:
-    """A finite number; `1e-3` reaches Python as a string and is one too."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
+from ...errors import nearest
 from ...tensors import FLOAT_DTYPES
 
 __all__ = [
@@ -52,12 +51,6 @@ class Reference:
 
     def __str__(self) -> str:
         return f"{self.path}@{self.revision}" if self.revision else self.path
-
-
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """A hint with the known name most like `name`, if there is one."""
-    near = get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"Did you mean '{near[0]}'?" if near else None
 
 
 class Wrong(Exception):
