@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -12,7 +13,9 @@ import torch
 
 import engine_cases as cases
 from engine_cases import EIO, FaultyIo
+from mergekernels.engine.staging import Staging
 from mergekernels.errors import MergeError, OutputError, PlanError
+from mergekernels.report.plan import plan_text
 
 SMALL = {"model.embed_tokens.weight": (32, 8), "model.layers.0.mlp.weight": (70, 90), "model.norm.weight": (9,)}
 OPTIONS = {"threads": 2, "tile": 4096}
@@ -188,3 +191,113 @@ def test_the_output_is_looked_at_again_before_it_is_replaced(root: Path, tmp_pat
     report = cases.run_of(root / "ties.yml", out, overwrite=True, **OPTIONS)
     assert report.resumed_units == report.units
     assert json.loads((out / "merge_manifest.json").read_bytes())["method"] == "ties"
+
+
+def unfinished(path: Path, out: Path, **options: object) -> Path:
+    """The staging of a merge that failed after its first file."""
+
+    class Fail(FaultyIo):
+        def call(self, name: str, *args: object) -> object:
+            if name == "rename" and "model-00002" in str(args[1]):
+                raise OSError(EIO, "made to fail")
+            return super().call(name, *args)
+
+    with pytest.raises(MergeError):
+        cases.run_of(path, out, io=Fail(-1, EIO), **(OPTIONS | {"shard_size": 1000} | options))
+    plan = cases.plan_of(path, out, **(OPTIONS | {"shard_size": 1000} | options))
+    assert plan.state == "resumable"
+    return out.with_name(f"{out.name}.mk-{plan.hash[:16]}")
+
+
+def test_the_plan_tells_of_another_merges_unfinished_work(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    staging = unfinished(root / "ties.yml", out)
+    plan = cases.plan_of(root / "linear.yml", out)
+    assert plan.state == plan.to_dict()["state"] == "other-plan"
+    assert "unfinished work of another merge lies beside the output" in plan_text(plan.to_dict())
+    with pytest.raises(OutputError, match="an unfinished merge by another plan"):
+        cases.run_of(root / "linear.yml", out)
+    assert staging.is_dir()
+    own = cases.plan_of(root / "ties.yml", out, **OPTIONS, shard_size=1000)
+    assert "state      unfinished work of this merge lies beside the output; run resumes it" in plan_text(own.to_dict())
+
+
+@pytest.mark.parametrize("folder", ["tree", "receipts", "waves", "tmp"])
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_folders_and_links_in_a_staging_are_no_obstacle(root: Path, tmp_path: Path, folder: str, kind: str) -> None:
+    cases.run_of(root / "ties.yml", tmp_path / "expected", **OPTIONS, shard_size=1000)
+    out = tmp_path / "out"
+    staging = unfinished(root / "ties.yml", out)
+    target = tmp_path / "mine"
+    target.mkdir()
+    (target / "file").write_text("mine")
+    done = sorted(p.name for p in (staging / "tree").iterdir())
+    names = {"tree": [*done, "model-00002-of-00003.safetensors", "x"], "receipts": ["model-00002-of-00003.safetensors"]}
+    for name in names.get(folder, ["x"]):
+        path = staging / folder / (name + ".json" * (folder == "receipts"))
+        if path.exists():
+            path.rename(target / name)
+        if kind == "folder":
+            path.mkdir()
+            (path / "file").write_text("")
+        else:
+            path.symlink_to(target / name if (target / name).exists() else target)
+    cases.run_of(root / "ties.yml", out, **OPTIONS, shard_size=1000)
+    assert cases.published(out) == cases.published(tmp_path / "expected")
+    assert not any(p.is_symlink() for p in out.iterdir())
+    assert (target / "file").read_text() == "mine"
+    assert cases.beside(out) == []
+
+
+def test_the_loser_of_a_race_leaves_nothing(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    plan = cases.plan_of(root / "ties.yml", out, **OPTIONS)
+    first = Staging(FaultyIo(-1, EIO), out, plan.hash)
+    assert first.enter(overwrite=False)
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="another process is merging") as caught:
+            cases.run_of(root / "linear.yml", out, overwrite=overwrite, **OPTIONS)
+        assert caught.value.code == "output.busy"
+        assert cases.beside(out) == [first.root.name]
+    first.unlock()
+    cases.run_of(root / "ties.yml", out, **OPTIONS)
+    assert cases.beside(out) == []
+
+
+def test_the_loser_of_a_race_keeps_its_finished_work(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    staging = unfinished(root / "ties.yml", out)
+    before = contents(staging)
+    other = Staging(FaultyIo(-1, EIO), out, cases.plan_of(root / "linear.yml", out).hash)
+    other.root.mkdir()
+    other.receipts.mkdir()
+    with (other.root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match="another process is merging"):
+            cases.run_of(root / "ties.yml", out, **OPTIONS, shard_size=1000)
+    assert contents(staging) == before
+
+
+def test_a_merge_that_is_done_removes_empty_stagings(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    cases.run_of(root / "ties.yml", out, **OPTIONS)
+    empty, held, full = (tmp_path / f"out.mk-{digit * 16}" for digit in "abc")
+    for staging in (empty, held, full):
+        (staging / "receipts").mkdir(parents=True)
+        (staging / "lock").write_text("")
+    (full / "receipts" / "x.json").write_text("")
+    with (held / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert cases.run_of(root / "ties.yml", out, **OPTIONS).already_done
+    assert cases.beside(out) == [held.name, full.name]
+
+
+def test_a_name_that_leaves_no_room_for_the_staging(root: Path, tmp_path: Path) -> None:
+    longest = os.pathconf(tmp_path, "PC_NAME_MAX") - 20
+    with pytest.raises(PlanError) as caught:
+        cases.plan_of(root / "ties.yml", tmp_path / ("ä" + "x" * (longest - 1)))
+    problem = caught.value.problems[0]
+    assert (problem.code, problem.expected) == ("output.name", f"at most {longest} bytes")
+    out = tmp_path / ("x" * longest)
+    cases.run_of(root / "ties.yml", out, **OPTIONS)
+    assert cases.beside(out) == []

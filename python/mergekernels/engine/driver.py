@@ -198,7 +198,7 @@ def execute(plan: Plan, *, overwrite: bool, progress: ProgressSink | None, io: I
             raise MergeError(
                 "the output vanished while it was looked at", code="output.vanished", file=str(staging.out)
             )
-        staging.remove()
+        staging.leave()
         return run.report(str(manifest["checkpoint_sha256"]), start, resumed=len(plan.files), done=True)
     except OSError as error:
         raise output_error("the output cannot be written", error.filename or staging.out, error) from error

@@ -87,7 +87,7 @@ class Plan:
         tensors, bytes, merged, buffers, copies, aliases}, scope ("tensor" or "model"), passes {reads, sampled,
         writes}, bytes_read, bytes_written, peak_memory, disk {path, needed, free} or None, time {seconds, read_rate,
         write_rate, assumed}, parameters [{params, tensors: count, examples: [names]}], state ("absent", "done",
-        "resumable", "exists" or None), warnings [str].
+        "resumable", "exists", "other-plan" or None), warnings [str].
         """
         return summarise(self)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..errors import OutputError
 from .context import Context
-from .fileops import fsync_dir, publish_swap, write_small
+from .fileops import fsync_dir, publish_swap, remove_tree, write_small
 from .manifest import manifest_bytes
 from .receipts import Receipt
 from .staging import MANIFEST_NAME, Staging
@@ -61,5 +61,10 @@ def _remove_strays(ctx: Context, staging: Staging) -> None:
     plan = ctx.plan
     known = {MANIFEST_NAME, *(f.name for f in plan.files), *(s.name for s in plan.small)}
     for name in ctx.io.listdir(staging.tree):
-        if name not in known:
-            ctx.io.unlink(staging.tree / name)
+        path = staging.tree / name
+        if name in known:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            remove_tree(ctx.io, path)
+        else:
+            ctx.io.unlink(path)

@@ -24,8 +24,11 @@ from .target import STAGING_DIGITS, named, not_a_checkpoint, refuse_to_replace
 
 __all__ = ["MANIFEST_NAME", "OutState", "Staging", "inspect_out", "published"]
 
-OutState = Literal["absent", "done", "resumable", "exists"] | None
+OutState = Literal["absent", "done", "resumable", "exists", "other-plan"] | None
 _FOLDERS = ("tree", "receipts", "waves", "tmp")
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_TRIES = 5
+"""Times that a staging is made, if other processes remove it under our hands."""
 
 
 def _root(out: Path, plan_hash: str) -> Path:
@@ -47,13 +50,41 @@ def published(io: Io, out: Path, plan_hash: str) -> dict[str, Any] | None:
 
 
 def inspect_out(io: Io, out: Path, plan_hash: str) -> OutState:
-    """What is at `out`: "done" (this plan), "exists" (something else), "resumable" (this plan's staging), "absent".
+    """What is at `out`: "done" (this plan), "exists" (something else), "other-plan" (nothing, but another plan's
+    unfinished work beside it), "resumable" (this plan's staging), "absent".
 
     An empty folder counts as absent: publishing replaces it in one step.
     """
     if out.is_dir() and io.listdir(out):
         return "exists" if published(io, out, plan_hash) is None else "done"
+    if _unfinished(io, out, plan_hash):
+        return "other-plan"
     return "resumable" if _root(out, plan_hash).is_dir() else "absent"
+
+
+def _others(io: Io, out: Path, plan_hash: str) -> list[Path]:
+    """Stagings of other plans for the same OUT."""
+    pattern = re.compile(re.escape(out.name) + rf"\.mk-[0-9a-f]{{{STAGING_DIGITS}}}")
+    own = _root(out, plan_hash).name
+    return [out.parent / n for n in io.listdir(out.parent) if pattern.fullmatch(n) and n != own]
+
+
+def _unfinished(io: Io, out: Path, plan_hash: str) -> list[Path]:
+    """Stagings of other plans that hold finished work. Any other gives way without being asked."""
+    return [p for p in _others(io, out, plan_hash) if not _is_empty(io, p)]
+
+
+def _is_empty(io: Io, staging: Path) -> bool:
+    """True if a staging holds no finished work."""
+    for name in ("receipts", "waves"):
+        try:
+            if io.listdir(staging / name):
+                return False
+        except FileNotFoundError:  # it is being made, or removed
+            continue
+        except OSError:
+            return False
+    return True
 
 
 class Staging:
@@ -70,12 +101,6 @@ class Staging:
         self.tmp = self.root / "tmp"
         self._lock = -1
 
-    def others(self) -> list[Path]:
-        """Stagings of other plans for the same OUT. One in which nothing is finished gives way without being asked."""
-        pattern = re.compile(re.escape(self.out.name) + r"\.mk-[0-9a-f]{16}")
-        names = self.io.listdir(self.out.parent)
-        return [self.out.parent / n for n in names if pattern.fullmatch(n) and n != self.root.name]
-
     def enter(self, *, overwrite: bool) -> bool:
         """Creates and locks the staging. False if OUT carries this plan already: then only `leave` is left to do.
 
@@ -87,30 +112,47 @@ class Staging:
         self._refuse(overwrite)
         if not self.root.is_dir() and inspect_out(self.io, self.out, self.plan_hash) == "done":
             return False
-        try:
-            while True:
+        tries = 0
+        while True:
+            try:
                 for folder in (self.root, *(self.root / name for name in _FOLDERS)):
                     self._mkdir(folder)
                 if self._take_lock():
                     break
-        except FileNotFoundError:  # another process finished and removed it under our hands
-            if inspect_out(self.io, self.out, self.plan_hash) == "done":
-                return False
-            raise
-        except OSError as error:
-            raise output_error("cannot make the staging folder", self.root, error) from error
+            except FileNotFoundError:  # another process finished, or took it for a leftover, and removed it
+                if inspect_out(self.io, self.out, self.plan_hash) == "done":
+                    return False
+                tries += 1
+                if tries == _TRIES:
+                    raise
+            except OSError as error:
+                raise output_error("cannot make the staging folder", self.root, error) from error
         if inspect_out(self.io, self.out, self.plan_hash) == "done":
             fsync_dir(self.io, self.out.parent)
             return False
-        for other in self.others():
-            if overwrite or self._is_empty(other):
-                self._refuse_busy(other)
-                remove_tree(self.io, other)
-        for name in self.io.listdir(self.tmp):
-            self.io.unlink(self.tmp / name)
+        try:
+            for other in _others(self.io, self.out, self.plan_hash):
+                if overwrite or _is_empty(self.io, other):
+                    self._drop(other)
+        except OutputError:
+            # Another process was here first; what it has to find when it looks is no staging of ours.
+            if _is_empty(self.io, self.root):
+                self.remove()
+            raise
+        self._clean()
         fsync_dir(self.io, self.root)
         fsync_dir(self.io, self.out.parent)
         return True
+
+    def leave(self) -> None:
+        """Removes what lies beside an OUT that is done: its own staging, and those without finished work of processes
+        that lost a race for OUT.
+        """
+        self.remove()
+        for other in _others(self.io, self.out, self.plan_hash):
+            if _is_empty(self.io, other):
+                with suppress(OutputError):
+                    self._drop(other)
 
     def temporary(self, name: str) -> Path:
         """A path for a new temporary file."""
@@ -144,7 +186,7 @@ class Staging:
                 file=str(self.out),
                 hint=hint,
             )
-        others = [p for p in self.others() if not self._is_empty(p)]
+        others = _unfinished(self.io, self.out, self.plan_hash)
         if others:
             raise OutputError(
                 "an unfinished merge by another plan is there for this output",
@@ -153,12 +195,15 @@ class Staging:
                 hint="Finish it with its own recipe and inputs, delete that folder, or use --overwrite to drop it.",
             )
 
-    def _is_empty(self, other: Path) -> bool:
-        """True if a staging holds no finished work."""
-        try:
-            return not any(self.io.listdir(other / name) for name in ("receipts", "waves"))
-        except OSError:
-            return False
+    def _clean(self) -> None:
+        """Removes temporary files, and whatever is no file where only files belong."""
+        for folder in (self.tree, self.receipts, self.waves, self.tmp):
+            for name in self.io.listdir(folder):
+                path = folder / name
+                if path.is_dir() and not path.is_symlink():
+                    remove_tree(self.io, path)
+                elif folder == self.tmp or path.is_symlink():
+                    self.io.unlink(path)
 
     def _mkdir(self, path: Path) -> None:
         with suppress(FileExistsError):
@@ -178,7 +223,7 @@ class Staging:
             self.io.close(fd)
             return False
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            if error.errno not in _NO_LOCKS:
                 self.io.close(fd)
                 raise
             # No locks on this file system: two processes would do the same work and write equal bytes.
@@ -193,15 +238,29 @@ class Staging:
         self._lock = fd
         return True
 
-    def _refuse_busy(self, other: Path) -> None:
+    def _drop(self, other: Path) -> None:
+        """Removes another staging, locked meanwhile unless it has no lock yet.
+
+        Raises
+        ------
+        OutputError : a process is at work in it.
+        """
         try:
             fd = self.io.open(other / "lock", os.O_RDWR)
         except OSError:
+            remove_tree(self.io, other)
             return
         try:
             self.io.flock(fd)
         except BlockingIOError:
+            self.io.close(fd)
             raise self._busy(other / "lock") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                self.io.close(fd)
+                raise
+        try:
+            remove_tree(self.io, other)
         finally:
             self.io.close(fd)
 

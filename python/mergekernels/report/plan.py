@@ -10,10 +10,11 @@ from .text import count, duration, indent, plural, size, table
 __all__ = ["plan_text"]
 
 _STATES = {
-    "absent": "does not exist yet",
-    "done": "already holds this merge; run would do nothing",
-    "resumable": "unfinished work of this merge is there; run resumes it",
-    "exists": "exists and holds something else; run needs --overwrite",
+    "absent": "the output does not exist yet",
+    "done": "the output already holds this merge; run would do nothing",
+    "resumable": "unfinished work of this merge lies beside the output; run resumes it",
+    "exists": "the output exists and holds something else; run needs --overwrite",
+    "other-plan": "unfinished work of another merge lies beside the output; run needs --overwrite, which drops it",
 }
 
 
@@ -67,7 +68,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         f"{size(time['write_rate'])}/s written"
     )
     if plan.get("state") in _STATES and disk:
-        parts.append(f"state      the output {_STATES[plan['state']]}")
+        parts.append(f"state      {_STATES[plan['state']]}")
     parts.append(f"plan hash  {plan['plan_hash']}")
     parts += [f"warning: {w}" for w in plan["warnings"]]
     return "\n".join(parts)
