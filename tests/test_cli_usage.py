@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from cli_process import call, environment, events
+from engine_cases import TIES, family, recipe
 
 WRONG = {
     "missing argument": (["run", "r.yml"], "run", "missing argument 'OUT'"),
@@ -61,3 +62,16 @@ def test_ctrl_c_before_the_work_begins_is_quiet(module):
     code = _EARLY.format(module=module)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_an_instruction_set_that_cannot_run_is_refused_by_plan(tmp_path):
+    family(tmp_path, models=2)
+    path = recipe(tmp_path, "ties", **TIES)
+    for options in ((), ("--backend", "cpu")):
+        done = call("plan", path, *options, MERGEKERNELS_CPU_ISA="avx1024")
+        assert done.returncode == 4 and done.stderr.count("\n") == 1
+        assert "expected MERGEKERNELS_CPU_ISA to be one of" in done.stderr and "got avx1024" in done.stderr
+        assert done.stderr.endswith("[backend.isa]\n")
+    table = events(call("backends", "--json", MERGEKERNELS_CPU_ISA="avx1024").stdout)[-1]["result"]
+    (cpu,) = [row for row in table if row["name"] == "cpu"]
+    assert not cpu["available"] and "avx1024" in cpu["detail"]

@@ -19,16 +19,23 @@ __all__ = [
     "OutputError",
     "PlanError",
     "RecipeError",
+    "cut",
     "nearest",
 ]
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """A hint with the known name most like `name`, if there is one."""
+    """A hint with the known name most like `name` in small letters, if there is one."""
     from difflib import get_close_matches  # needed only once something is wrong
 
-    near = get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"Did you mean '{near[0]}'?" if near else None
+    by_case = {k.casefold(): k for k in known}
+    near = get_close_matches(name.casefold(), list(by_case), n=1, cutoff=0.5)
+    return f"Did you mean '{by_case[near[0]]}'?" if near else None
+
+
+def cut(text: str) -> str:
+    """The text as an error shows it: at most 80 characters."""
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 class MergeError(Exception):

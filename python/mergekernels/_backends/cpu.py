@@ -19,7 +19,13 @@ _DIVISOR = {"none": 0, "value": 1, "agreeing_weights": 2, "agreeing_count": 3}
 
 
 def why_not(op: str, views: Sequence[TensorView]) -> str | None:
-    """Why this backend cannot serve these views, None if it can."""
+    """Why this backend cannot serve these views, None if it can.
+
+    Raises
+    ------
+    BackendError : the instruction set asked for cannot run here.
+    """
+    isa()
     for view in views:
         if not view.device.startswith("cpu"):
             return f"it computes in host memory, and a tensor is on {view.device}"

@@ -111,6 +111,9 @@ def pick(op: str, views: Sequence[TensorView], request: str | None = None, devic
             backend = load(name)
             reason = backend.why_not(op, views)
         except (BackendError, ImportError) as error:
+            if getattr(error, "code", "") == "backend.isa":
+                # An instruction set is asked for by name too: nothing takes its place.
+                raise
             reason = str(error)
         if reason is None:
             _log.debug("%s: %s", op, name)

@@ -6,6 +6,8 @@ import importlib.util
 import os
 from dataclasses import dataclass
 
+from ..errors import BackendError
+
 __all__ = ["BackendStatus", "backends"]
 
 
@@ -26,6 +28,12 @@ def backends() -> list[BackendStatus]:
 def _cpu() -> BackendStatus:
     from .. import _cpu as native
 
+    from .cpu import isa
+
+    try:
+        isa()
+    except BackendError as error:
+        return BackendStatus("cpu", False, str(error))
     return BackendStatus("cpu", True, "C++ on " + ", ".join(native.isas()))
 
 
