@@ -54,7 +54,11 @@ def check_integer(value: Any, low: int, stop: int, name: str, tensor: str = "") 
 
 def check_number(value: Any, name: str, tensor: str = "") -> None:
     """Refuse what is not a finite int or float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
+    try:
+        usable = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:  # an int that no double holds
+        usable = False
+    if not usable:
         raise _refusal(name, "a finite number", value, tensor)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from .. import _cpu
@@ -10,6 +10,7 @@ from .._backends.dispatch import Backend, pick, requested
 from .._checks import nonfinite
 from ..errors import ArgumentError
 from ..tensors import Piece, TensorView
+from .arguments import check_choice, check_integer
 from .inputs import Inputs, gather, num_threads
 from .program import Keep, Sweep
 from .selection import SAMPLE_BLOCK, Scope, Selection
@@ -152,12 +153,11 @@ def select(
     ------
     ArgumentError, BackendError, DataError
     """
+    check_choice(policy, ("hash", "index", "all"), "policy", name)
+    check_choice(nan, ("error", "propagate"), "nan", name)
+    seed = check_integer(seed, 0, 1 << 64, "seed", name)
     inputs = gather(models, base, name, shard_dim)
-    ks = (k,) * len(models) if isinstance(k, int) else tuple(k)
-    if len(ks) != len(models) or any(not 1 <= v <= inputs.n for v in ks):
-        raise ArgumentError(
-            "k is not usable", code="select.k", tensor=name, expected=f"1 to {inputs.n} per model", got=str(k)
-        )
+    ks = _ranks(k, inputs)
     request = requested(backend)
     _, module = pick("select", inputs.all_views, request)
     scope = Scope((0,), (inputs.tensor,), inputs.n, "F64" if inputs.compute.name == "F64" else "F32")
@@ -166,3 +166,29 @@ def select(
         stats, visited = run_sweep(selection, [inputs], module, num_threads(threads), nan)
         selection = selection.advance(stats, visited)
     return [point for point in selection.points if point is not None]
+
+
+def _ranks(k: Any, inputs: Inputs) -> tuple[int, ...]:
+    """`k` for each model, checked."""
+    name, n = inputs.name, inputs.n
+    if n == 0:
+        raise ArgumentError(
+            "models have no elements to select from",
+            code="select.empty",
+            tensor=name,
+            expected="at least one element",
+            got=f"shape {tuple(inputs.tensors[0][0].shape)}",
+        )
+    # A tensor or array without dimensions can be asked for its items, but is one number.
+    if not isinstance(k, Iterable) or isinstance(k, (str, bytes)) or getattr(k, "shape", None) == ():
+        return (check_integer(k, 1, n + 1, "k", name),) * inputs.num_models
+    given = list(k)
+    if len(given) != inputs.num_models:
+        raise ArgumentError(
+            "k has the wrong number of values",
+            code="k",
+            tensor=name,
+            expected=f"one integer, or {inputs.num_models} (one per model)",
+            got=str(len(given)),
+        )
+    return tuple(check_integer(v, 1, n + 1, f"k[{m}]", name) for m, v in enumerate(given))
