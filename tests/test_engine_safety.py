@@ -301,3 +301,75 @@ def test_a_name_that_leaves_no_room_for_the_staging(root: Path, tmp_path: Path) 
     out = tmp_path / ("x" * longest)
     cases.run_of(root / "ties.yml", out, **OPTIONS)
     assert cases.beside(out) == []
+
+
+def test_a_donor_without_a_config(root: Path, tmp_path: Path) -> None:
+    (root / "base" / "config.json").unlink()
+    plan = cases.plan_of(root / "ties.yml", tmp_path / "out", **OPTIONS)
+    assert any("has no config.json, so the output has none" in w for w in plan.to_dict()["warnings"])
+    report = cases.run_of(root / "ties.yml", tmp_path / "out", **OPTIONS)
+    assert report.warnings == plan.warnings
+    assert "config.json" not in cases.published(tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "merge_manifest.json").read_bytes())
+    assert manifest["warnings"] == list(plan.warnings)
+
+
+def test_a_donor_that_is_a_single_file_has_the_small_files_of_its_folder(root: Path, tmp_path: Path) -> None:
+    recipe = json.loads((root / "ties.yml").read_text())
+    recipe["base_model"] += "/model.safetensors"
+    (root / "single.yml").write_text(json.dumps(recipe))
+    out, expected = tmp_path / "out", tmp_path / "expected"
+    plan = cases.plan_of(root / "single.yml", out, **OPTIONS)
+    assert plan.warnings == ()
+    cases.run_of(root / "single.yml", out, **OPTIONS)
+    cases.run_of(root / "ties.yml", expected, **OPTIONS)
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (expected / name).read_bytes()
+    (root / "base" / "config.json").write_text("[")
+    warnings = cases.plan_of(root / "single.yml", out, **OPTIONS).warnings
+    assert [w.split("config.json")[1][:16] for w in warnings if w.startswith("ignored: ")] == [": not valid JSON"]
+
+
+def test_code_that_auto_map_names(root: Path, tmp_path: Path) -> None:
+    base = root / "base"
+    names = {
+        "AutoModel": "modeling_x.X",
+        "AutoConfig": "configuration_x.C",
+        "AutoModelForCausalLM": "org/repo--modeling_y.Y",
+        "AutoModelForMaskedLM": "../secret.Z",
+        "AutoTokenizer": ["tokenization_x.T", None],
+    }
+    config = json.loads((base / "config.json").read_text()) | {"auto_map": names}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["tok.T", "fast.F"]}}))
+    for name in ("modeling_x", "tokenization_x", "tok", "unnamed"):
+        (base / f"{name}.py").write_text(f"# {name}")
+    (root / "secret.py").write_text("")
+    (base / "chat_templates").mkdir()
+    out = tmp_path / "out"
+    warnings = cases.run_of(root / "ties.yml", out, **OPTIONS).warnings
+    assert sorted(p.name for p in out.glob("*.py")) == ["modeling_x.py", "tok.py", "tokenization_x.py"]
+    assert (out / "tok.py").read_text() == "# tok"
+    missing = [w.split()[2] for w in warnings if w.startswith("auto_map names")]
+    assert missing == ["configuration_x.py,", "../secret.py,", "fast.py,"]
+    assert any("chat_templates" in w for w in warnings)
+    cases.run_of(root / "linear.yml", out, overwrite=True, **OPTIONS)  # the manifest lists the .py files
+
+
+@pytest.mark.parametrize(("config", "warned"), [({"vocab_size": 31}, True), ({"vocab_size": 32}, False)])
+@pytest.mark.parametrize("nested", [False, True])
+def test_another_vocabulary_size_than_the_embedding(
+    root: Path, tmp_path: Path, config: dict[str, int], warned: bool, nested: bool
+) -> None:
+    (root / "base" / "config.json").write_text(json.dumps({"text_config": config} if nested else config))
+    warnings = cases.plan_of(root / "ties.yml", tmp_path / "out").warnings
+    wanted = "vocab_size in config.json is 31, but 'model.embed_tokens.weight' has 32 rows"
+    assert (wanted in warnings) is warned
+
+
+def test_a_chat_template_in_the_output_is_not_replaced(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    cases.save(out, {"a": torch.ones(4)})
+    (out / "mine.jinja").write_text("{{ messages }}")
+    path = cases.recipe(root, "linear", name="chat.yml", parameters={"weight": 0.5}, chat_template="../out/mine.jinja")
+    refused(path, out, "output.is-input", "mine.jinja")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,8 @@ def make_plan(
     count = default_threads(threads)
     budget = _budget(merge, memory, count, device, tile)
     files = lay_out(merge.tensors, shard_size)
-    small = small_files(io, merge)
+    small, warnings = small_files(io, merge)
+    merge = replace(merge, warnings=(*merge.warnings, *warnings))
     index = index_json(files)
     if index is not None:
         small = (*small, SmallFile.of("model.safetensors.index.json", index))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from ..errors import InputError
 from ..formats.checkpoint import Checkpoint
 from .fileops import read_small
 from .io import Io
+from .recipe.names import find_head_and_embedding
 from .resolved import ResolvedMerge
 
-__all__ = ["RECIPE_NAME", "SmallFile", "small_files"]
+__all__ = ["RECIPE_NAME", "SmallFile", "folder_of", "small_files"]
 
 RECIPE_NAME = "merge_recipe.yaml"
 
@@ -72,14 +73,20 @@ class SmallFile:
         return data
 
 
-def small_files(io: Io, merge: ResolvedMerge) -> tuple[SmallFile, ...]:
-    """The small files of a merge, in order of name, without index and manifest.
+def folder_of(checkpoint: Checkpoint) -> Path:
+    """The folder in which a checkpoint's small files lie: its own, or that of the single file that was named."""
+    return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+
+
+def small_files(io: Io, merge: ResolvedMerge) -> tuple[tuple[SmallFile, ...], list[str]]:
+    """The small files of a merge, in order of name, without index and manifest; and warnings about them.
 
     Raises
     ------
     InputError : one that is there cannot be read, or is not JSON where it must be changed.
     """
     files: dict[str, SmallFile] = {}
+    warnings: list[str] = []
 
     def put(name: str, data: bytes, source: Path | None = None) -> None:
         digest = hashlib.sha256(data).hexdigest()
@@ -88,16 +95,55 @@ def small_files(io: Io, merge: ResolvedMerge) -> tuple[SmallFile, ...]:
     donor, tokenizer = merge.inputs[merge.donor], merge.inputs[merge.tokenizer]
     for checkpoint, names in ((donor, _FROM_DONOR), (tokenizer, _TOKENIZER)):
         for name in names:
-            path = Path(checkpoint.path) / name
+            path = folder_of(checkpoint) / name
             if path.is_file():
                 put(name, _read(io, path), path)
-    if donor.config or merge.config:
-        put("config.json", _json({**donor.config, **merge.config}))
+    if donor.config:
+        config = {**donor.config, **merge.config}
+        put("config.json", _json(config))
+        warnings += _check_vocabulary(merge, config)
+    else:
+        warnings.append(f"'{_label(donor)}' has no config.json, so the output has none")
+    kinds = ("config.json", "tokenizer_config.json", *_FROM_DONOR)
+    for name in dict.fromkeys(n for kind in kinds if kind in files for n in _code(files[kind].read(io))):
+        places = [folder_of(c) / f"{name}.py" for c in (donor, tokenizer)]
+        found = [p for p in places if name.isidentifier() and p.is_file()]
+        if found:
+            put(found[0].name, _read(io, found[0]), found[0])
+        else:
+            warnings.append(f"auto_map names {name}.py, which is not in '{_label(donor)}' and is not copied")
+    if (folder_of(tokenizer) / "chat_templates").is_dir():
+        warnings.append(f"the folder chat_templates of '{_label(tokenizer)}' is not copied")
     if merge.chat_template is not None:
         _set_chat_template(io, merge.chat_template, files, put)
     put(RECIPE_NAME, _yaml(merge.recipe).encode())
     put("README.md", _model_card(merge).encode())
-    return tuple(files[name] for name in sorted(files))
+    return tuple(files[name] for name in sorted(files)), warnings
+
+
+def _code(text: bytes) -> Iterator[str]:
+    """Modules beside a JSON file that its `auto_map` names."""
+    try:
+        data = json.loads(text)
+    except ValueError:
+        return
+    entries = data.get("auto_map") if isinstance(data, Mapping) else None
+    for entry in entries.values() if isinstance(entries, Mapping) else ():
+        for name in entry if isinstance(entry, list) else [entry]:
+            # "owner/name--module.Class" is loaded from that repository, wherever the model lies.
+            if isinstance(name, str) and "--" not in name:
+                yield name.rpartition(".")[0]
+
+
+def _check_vocabulary(merge: ResolvedMerge, config: Mapping[str, Any]) -> list[str]:
+    """A warning where config.json gives another vocabulary size than the embedding has rows."""
+    text = config.get("text_config")
+    size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, Mapping) else None)
+    shapes = {t.name: t.shape for t in merge.tensors if len(t.shape) == 2}
+    _, name = find_head_and_embedding(shapes)
+    if not isinstance(size, int) or name is None or shapes[name][0] == size:
+        return []
+    return [f"vocab_size in config.json is {size}, but '{name}' has {shapes[name][0]} rows"]
 
 
 def _read(io: Io, path: Path) -> bytes:

@@ -12,7 +12,7 @@ from ..errors import MergeError, OutputError
 from ..formats.checkpoint import Checkpoint
 from .manifest import FORMAT, MANIFEST_NAME
 from .resolved import ResolvedMerge
-from .smallfiles import SmallFile
+from .smallfiles import SmallFile, folder_of
 
 __all__ = ["STAGING_DIGITS", "check_apart", "check_target", "not_a_checkpoint", "refuse_to_replace"]
 
@@ -123,13 +123,18 @@ def _files_read(merge: ResolvedMerge, small: Sequence[SmallFile]) -> Iterator[Pa
     yield from (s.source for s in small if s.source is not None)
     if merge.recipe_file:
         yield Path(merge.recipe_file)
+    template = merge.recipe.get("chat_template")
+    if isinstance(template, str) and "\n" not in template:
+        for folder in (Path(), Path(merge.recipe_file).parent):
+            with suppress(OSError, ValueError):  # a template itself, which is no file name
+                if (folder / template).is_file():
+                    yield folder / template
 
 
 def _beside(checkpoint: Checkpoint) -> Iterator[Path]:
     """The config, the index and the tokenizer's config, which are read without being copied as they are."""
-    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     for name in ("config.json", _INDEX, "tokenizer_config.json"):
-        path = folder / name
+        path = folder_of(checkpoint) / name
         if path.exists():
             yield path
 

@@ -52,7 +52,8 @@ class ShardFile:
 class Checkpoint:
     """The headers of a checkpoint; no tensor data.
 
-    path : the folder, or the single file that was named. config : config.json as a dictionary, empty if there is none.
+    path : the folder, or the single file that was named.
+    config : config.json as a dictionary, for a single file the one in the same folder; empty if there is none.
     label : what the user called it. warnings : what is odd but harmless.
     """
 
@@ -82,12 +83,13 @@ def open_checkpoint(path: str | PathLike[str], *, label: str | None = None) -> C
     root = Path(path)
     name = label if label is not None else os.fspath(path)
     if root.is_file():
-        return _open(root, [root], None, {}, name, ())
+        config, warnings = _config_beside(root)
+        return _open(root, [root], None, config, name, tuple(warnings))
     if not root.is_dir():
         raise InputError("no such checkpoint folder or safetensors file", code="checkpoint.missing", file=str(root))
     index, files, warnings = _find(root)
     problems: list[MergeError] = []
-    config: dict[str, Any] = {}
+    config = {}
     try:
         config = _read_config(root / "config.json")
     except FormatError as error:
@@ -253,6 +255,14 @@ def _read_config(file: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise FormatError("not a JSON object", code="config", file=str(file), got=type(config).__name__)
     return config
+
+
+def _config_beside(file: Path) -> tuple[dict[str, Any], list[str]]:
+    """config.json in the folder of a single file. One that cannot be used may belong to something else: a warning."""
+    try:
+        return _read_config(file.parent / "config.json"), []
+    except MergeError as error:
+        return {}, [f"ignored: {error}"]
 
 
 def _read_index(file: Path) -> tuple[dict[str, str], object]:
