@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -194,11 +195,11 @@ def test_the_output_is_looked_at_again_before_it_is_replaced(root: Path, tmp_pat
 
 
 def unfinished(path: Path, out: Path, **options: object) -> Path:
-    """The staging of a merge that failed after its first file."""
+    """The staging of a merge that failed after its last tensor."""
 
     class Fail(FaultyIo):
         def call(self, name: str, *args: object) -> object:
-            if name == "rename" and "model-00002" in str(args[1]):
+            if name == "rename" and Path(str(args[1])).name == "README.md":
                 raise OSError(EIO, "made to fail")
             return super().call(name, *args)
 
@@ -232,7 +233,8 @@ def test_folders_and_links_in_a_staging_are_no_obstacle(root: Path, tmp_path: Pa
     target.mkdir()
     (target / "file").write_text("mine")
     done = sorted(p.name for p in (staging / "tree").iterdir())
-    names = {"tree": [*done, "model-00002-of-00003.safetensors", "x"], "receipts": ["model-00002-of-00003.safetensors"]}
+    assert len(done) == 3
+    names = {"tree": [*done, "x"], "receipts": ["model-00002-of-00003.safetensors"]}
     for name in names.get(folder, ["x"]):
         path = staging / folder / (name + ".json" * (folder == "receipts"))
         if path.exists():
@@ -373,3 +375,18 @@ def test_a_chat_template_in_the_output_is_not_replaced(root: Path, tmp_path: Pat
     (out / "mine.jinja").write_text("{{ messages }}")
     path = cases.recipe(root, "linear", name="chat.yml", parameters={"weight": 0.5}, chat_template="../out/mine.jinja")
     refused(path, out, "output.is-input", "mine.jinja")
+
+
+def test_the_memory_that_a_scope_over_the_model_can_use(root: Path, tmp_path: Path) -> None:
+    parameters = {"weight": 1.0, "density": 0.4, "scope": "model"}
+    path = cases.recipe(root, "ties", name="model.yml", parameters=parameters)
+    plan = cases.plan_of(path, tmp_path / "out", **OPTIONS, memory="8GiB")
+    data = plan.to_dict()
+    n = sum(prod(s) for s in SMALL.values())
+    tiles = 2 * 4 * 4096 * 2  # threads, two models with base and output, elements, bytes
+    entries = 3 * 2 * 40 * n
+    assert tiles + entries <= data["peak_memory"] <= tiles + entries + (2 << 20) < data["memory"] // 100
+    report = cases.run_of(path, tmp_path / "out", **OPTIONS, memory="8GiB")
+    assert report.peak_tensor_memory <= data["peak_memory"]
+    least = cases.plan_of(path, tmp_path / "out", **OPTIONS, memory="1MiB").to_dict()
+    assert least["peak_memory"] <= 1 << 20

@@ -21,6 +21,8 @@ __all__ = [
     "least_statistics",
     "memory_limit",
     "parse_size",
+    "scope_statistics",
+    "wanted_statistics",
 ]
 
 MINIMUM_DEFAULT = 512 << 20
@@ -34,6 +36,9 @@ MIN_ENTRIES = 4096
 """Fewest entries a sweep keeps per model; with fewer than its interval holds, it counts bins and another sweep
 follows.
 """
+
+WAVE_COPIES = 3
+"""Statistics of a whole model held at once: those of the file in work, their serialised form, and the sum."""
 
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
@@ -207,6 +212,11 @@ def wanted_statistics(models: int, n: int, *, selects: bool) -> int:
         return least
     # Ties are common, so that an interval of keys may hold several percent of a tensor.
     return least + ENTRY_BYTES * models * min(n, n // 20 + (1 << 17))
+
+
+def scope_statistics(models: int, n: int) -> int:
+    """Bytes of statistics that a selection over a whole model of `n` elements can fill, all copies together."""
+    return WAVE_COPIES * models * (8 * NUM_BINS + ENTRY_BYTES * max(n, MIN_ENTRIES))
 
 
 def cut_budget(

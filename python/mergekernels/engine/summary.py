@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from .identity import canonical_json
-from .memory import wanted_statistics
+from .memory import scope_statistics, wanted_statistics
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -83,17 +83,15 @@ def _peak(plan: Plan) -> int:
     """Most bytes of tiles and statistics at a time."""
     budget = plan.budget
     tiles = budget.threads * budget.worker_bytes
-    if plan.specs.scope == "model":
-        return tiles + budget.pool
-    wants = sorted(
-        (
-            wanted_statistics(len(t.models), prod(t.shape), selects=plan.reads > 1)
-            for t in plan.merge.tensors
-            if t.action == "merge"
-        ),
-        reverse=True,
-    )
-    return tiles + min(budget.pool, sum(wants[: budget.window]))
+    merged = [(len(t.models), prod(t.shape)) for t in plan.merge.tensors if t.action == "merge"]
+    scope = plan.specs.model_scope
+    # With common coefficients the tensors themselves select nothing.
+    selects = plan.reads > 1 and scope is None
+    wants = sorted((wanted_statistics(models, n, selects=selects) for models, n in merged), reverse=True)
+    statistics = sum(wants[: budget.window])
+    if scope is not None and plan.reads > 1:
+        statistics = max(statistics, scope_statistics(max(models for models, _ in merged), scope.n))
+    return tiles + min(budget.pool, statistics)
 
 
 def _parameters(plan: Plan) -> list[dict[str, Any]]:

@@ -18,14 +18,12 @@ from .context import Context, OpenTensor, Worker
 from .fileops import read_small, write_small
 from .layout import OutputFile
 from .measure import Measure, new_statistics
+from .memory import WAVE_COPIES
 from .readahead import ReadAhead
 from .scheduler import Scheduler
 from .staging import Staging
 
 __all__ = ["run_waves"]
-
-_COPIES = 3
-"""Statistics held at once: those of the file in work, their serialised form, and the sum."""
 
 Stats = SweepStats | StreamStats
 
@@ -115,7 +113,7 @@ class _Wave:
         self._staging = staging
         self._round = round_
         self._specs = {spec.name: spec for spec in specs}
-        self._room = ctx.plan.budget.pool // _COPIES
+        self._room = ctx.plan.budget.pool // WAVE_COPIES
         state = repr((ctx.plan.hash, number, round_))
         self._name = f"{number:02d}-{hashlib.sha256(state.encode()).hexdigest()[:16]}"
         self._done = 0
