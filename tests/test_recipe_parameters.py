@@ -230,6 +230,10 @@ def test_levels():
         ("count: 1.5", "line 4: parameter 'count': wrong type; expected an integer; got 1.5"),
         ("count: 0", "line 4: parameter 'count': out of range; expected a number of at least 1; got 0"),
         ("mode: d", "line 4: parameter 'mode': not a possible value; expected one of a, b, c; got 'd'"),
+        (
+            "mode: bb",
+            "line 4: parameter 'mode': not a possible value; expected one of a, b, c; got 'bb'. Did you mean 'b'?",
+        ),
         ("mode: 1", "line 4: parameter 'mode': not a possible value; expected one of a, b, c; got 1"),
         (
             "wieght: 1\n  w: 1",
