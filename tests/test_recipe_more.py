@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from engine_cases import save as save_tensors
 from mergekernels.engine.recipe import load_recipe, resolve
 from mergekernels.engine.run import plan, run
 from mergekernels.engine.verify import MANIFEST_NAME, verify
-from mergekernels.errors import DataError, PlanError
+from mergekernels.errors import DataError, MergeError, PlanError
 from recipe_checkpoints import LLAMA, llama_shapes, save
 
 TIES = "merge_method: ties\nbase_model: base\nparameters: {weight: 0.8, density: 0.3}\nmodels:\n"
@@ -133,3 +134,94 @@ def test_the_base_decides_integer_buffers_of_linear(tmp_path, monkeypatch, liste
     assert found["steps"].equal(torch.arange(5))
     assert found["w"].equal(torch.full((3,), 1.5)), "the base is an input of linear as before"
     assert verify(tmp_path / "out", recompute=2).ok
+
+
+def problems_of(text: str) -> list[MergeError]:
+    """What `run` and `plan` list for a recipe."""
+    with pytest.raises(MergeError) as caught:
+        resolve(load_recipe(text, collect=True))
+    return caught.value.problems if isinstance(caught.value, PlanError) else [caught.value]
+
+
+def codes_of(text: str) -> list[str]:
+    return sorted(p.code for p in problems_of(text))
+
+
+def test_problems_of_all_kinds_come_in_one_go(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    models(tmp_path, a={})
+    text = (
+        "merge_method: TIES\nbase_model: nowhere\nmodels: [{model: a, wieght: 1}, {model: gone}, {}]\n"
+        "dtype: int8\nseed: -1\nsede: 1\ndialect: 5\nchat_template: nothing\ntokenizer_source: union\n"
+    )
+    found = problems_of(text)
+    assert sorted(p.code for p in found) == sorted(
+        ["recipe.unknown-key"] * 2
+        + ["recipe.missing-key"]
+        + ["recipe.value"] * 4  # dtype, seed, dialect, chat_template
+        + ["recipe.method", "recipe.planned", "model.missing", "model.missing"]
+    )
+    (method,) = [p for p in found if p.code == "recipe.method"]
+    assert method.hint == "Did you mean 'ties'?"
+
+
+def test_parameters_and_tensors_that_are_wrong_come_in_one_go(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "base"):
+        save(tmp_path / name, llama_shapes(vocabulary=9 if name == "b" else 8))
+    text = (
+        "merge_method: ties\nbase_model: base\nsede: 1\ndialect: none\nmodels:\n"
+        "- {model: a, parameters: {weight: [x, 1, y], density: [2, 0.5]}}\n- {model: b, parameters: {wieght: 1}}\n"
+        "tokenizer_source: c\n"
+    )
+    found = problems_of(text)
+    assert {p.code for p in found} == {
+        "recipe.unknown-key",
+        "recipe.value",
+        "recipe.parameter",
+        "recipe.unknown-parameter",
+        "input.mismatch",
+    }
+    assert sum(p.code == "recipe.parameter" for p in found) == 3
+    assert not any("'weight'" in str(p) and "missing" in str(p) for p in found), "it follows from 'wieght'"
+
+
+def test_a_fault_does_not_bring_others_along(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    models(tmp_path, a={}, b={})
+    text = "merge_method: ties\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1, density: 1}\n"
+    assert codes_of(text + "base_model: gone\ntokenizer_source: base\n") == ["model.missing"]
+    assert codes_of(text + "base_model: 3\ntokenizer_source: base\n") == ["recipe.value"]
+    assert codes_of(text) == ["recipe.missing-base"]
+    assert codes_of(text + "base_model: a\nseed: x\n") == ["recipe.value"]
+    assert codes_of("merge_method: ties\n") == ["recipe.value"]
+    assert codes_of("models: [{model: a}]\n") == ["recipe.missing-key"]
+
+
+def test_a_model_without_layers_is_an_input_that_does_not_fit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "a")
+    save(tmp_path / "b", {"model.norm.weight": (4,)})
+    (problem,) = problems_of(LINEAR)
+    assert (problem.code, problem.exit_code, problem.got) == ("input.layers", 3, "a: 3, b: 0")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        LINEAR.replace("linear", "L" * 500),
+        LINEAR.replace("model: a", "model: " + "a" * 500),
+        LINEAR + "k" * 500 + ": 1\n",
+        LINEAR + "dialect: " + "d" * 500 + "\n",
+        LINEAR + "chat_template: " + "c" * 500 + "\n",
+        LINEAR + "tokenizer_source: " + "t" * 500 + "\n",
+        LINEAR + "dtype: " + "f" * 500 + "\n",
+        LINEAR.replace("weight: 0.5", "weight: " + "w" * 500),
+        LINEAR.replace("weight: 0.5", "q" * 500 + ": 0.5, weight: 1"),
+    ],
+)
+def test_long_values_are_cut(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    models(tmp_path, a={}, b={})
+    for problem in problems_of(text):
+        assert not re.search(r"(\w)\1{80}", str(problem)), str(problem)

@@ -27,7 +27,6 @@ def backends() -> list[BackendStatus]:
 
 def _cpu() -> BackendStatus:
     from .. import _cpu as native
-
     from .cpu import isa
 
     try:

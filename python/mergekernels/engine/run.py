@@ -103,4 +103,4 @@ def _resolved(recipe: str | PathLike[str] | ResolvedMerge, seed: int | None, len
         return recipe if seed is None else replace(recipe, seed=seed)
     from .recipe import load_recipe, resolve
 
-    return resolve(load_recipe(recipe, lenient=lenient), seed=seed)
+    return resolve(load_recipe(recipe, lenient=lenient, collect=True), seed=seed)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from ...errors import InputError, MergeError, PlanError, RecipeError
+from ...errors import InputError, MergeError, PlanError, RecipeError, cut
 from ...formats.checkpoint import Checkpoint, open_checkpoint
 from ...formats.hub import looks_like_hub, snapshot
 from .source import Document
@@ -28,12 +28,12 @@ class Inputs:
         self.checkpoints: list[Checkpoint] = []
         self.problems: list[MergeError] = []
         self._known: dict[str, int] = {}
-        self._failed: set[str] = set()
+        self.failed: set[str] = set()
 
     def add(self, reference: Reference, loc: tuple[str | int, ...]) -> int | None:
         """The position of a model among the inputs; None if it cannot be opened (then a problem is noted)."""
         label = str(reference)
-        if label in self._failed:
+        if label in self.failed:
             return None
         try:
             written = os.path.normpath(label)
@@ -45,7 +45,7 @@ class Inputs:
             checkpoint = open_checkpoint(path, label=label)
             _refuse_quantised(checkpoint)
         except MergeError as error:
-            self._failed.add(label)
+            self.failed.add(label)
             for problem in error.problems if isinstance(error, PlanError) else [error]:
                 if problem.file is None:
                     problem.file, problem.line = self.document.file or None, self.document.line(loc)
@@ -67,15 +67,18 @@ class Inputs:
         revision = reference.revision
         if not reference.exact:
             if "+" in path:
-                raise RecipeError(f"'{path}': {PLANNED['lora']}", code="recipe.planned")
+                raise RecipeError(f"'{cut(path)}': {PLANNED['lora']}", code="recipe.planned")
             if path.count("@") > 1:
-                raise RecipeError("model reference with several '@'", code="recipe.reference", got=repr(path))
+                raise RecipeError("model reference with several '@'", code="recipe.reference", got=repr(cut(path)))
             path, _, after = path.partition("@")
             revision = after or None
             local = self._local(path)
         if local is not None:
             raise RecipeError(
-                "a local folder has no revisions", code="recipe.reference", got=repr(str(reference)), hint="Remove it"
+                "a local folder has no revisions",
+                code="recipe.reference",
+                got=repr(cut(str(reference))),
+                hint="Remove it",
             )
         if looks_like_hub(path):
             return snapshot(path, revision)
@@ -84,7 +87,7 @@ class Inputs:
         except (OSError, ValueError):
             siblings = []
         raise InputError(
-            f"model '{path}' does not exist",
+            f"model '{cut(path)}' does not exist",
             code="model.missing",
             expected="a folder, a safetensors file, or org/name in the hub cache",
             hint=nearest(Path(path).name, siblings),

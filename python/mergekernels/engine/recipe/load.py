@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from ...errors import MergeError, PlanError
 from .source import Document, read
 
 if TYPE_CHECKING:
@@ -17,12 +18,18 @@ __all__ = ["Recipe", "load_recipe"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe whose keys and types are right. data : as written, for the manifest."""
+    """A checked recipe. data : as written, for the manifest.
+
+    problems : what is wrong with keys and types, if that was to be collected. whole : models, slices, base and method
+    are there all the same, so that the inputs can be checked too.
+    """
 
     schema: RecipeSchema
     document: Document
     lenient: bool = False
     warnings: tuple[str, ...] = ()
+    problems: tuple[MergeError, ...] = ()
+    whole: bool = True
 
     @property
     def data(self) -> Mapping[str, Any]:
@@ -36,13 +43,16 @@ class Recipe:
         return self.document.file
 
 
-def load_recipe(source: str | PathLike[str] | Mapping[str, Any], *, lenient: bool = False) -> Recipe:
+def load_recipe(
+    source: str | PathLike[str] | Mapping[str, Any], *, lenient: bool = False, collect: bool = False
+) -> Recipe:
     """Reads and checks a recipe; opens no model.
 
     Parameters
     ----------
     source : path of a YAML file, YAML text (a string with a line break or ": "), or a mapping.
     lenient : unknown keys and parameters become warnings.
+    collect : wrong keys and types are not raised; `resolve` raises them with what is wrong with the inputs.
 
     Raises
     ------
@@ -53,5 +63,7 @@ def load_recipe(source: str | PathLike[str] | Mapping[str, Any], *, lenient: boo
     from .schema import validate
 
     document = read(source)
-    schema, warnings = validate(document, lenient=lenient)
-    return Recipe(schema, document, lenient, tuple(warnings))
+    schema, warnings, problems, whole = validate(document, lenient=lenient)
+    if problems and not collect:
+        raise problems[0] if len(problems) == 1 else PlanError(problems)
+    return Recipe(schema, document, lenient, tuple(warnings), tuple(problems), whole)

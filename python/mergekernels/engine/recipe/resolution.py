@@ -9,7 +9,7 @@ from typing import Any
 
 from ..._methods import get, names
 from ..._methods.protocol import Method
-from ...errors import ArgumentError, FormatError, MergeError, PlanError, RecipeError
+from ...errors import ArgumentError, FormatError, MergeError, PlanError, RecipeError, cut
 from ...formats.checkpoint import Checkpoint
 from ...tensors import dtype_of
 from ..resolved import ResolvedMerge
@@ -21,11 +21,13 @@ from .load import Recipe
 from .mapping import depth, expand, find_tying
 from .names import Stack, find_stack
 from .settings import Setting
-from .slices import Slice, SliceBuilder
+from .slices import Slice, SliceBuilder, open_inputs
 from .values import Reference, nearest
 
 __all__ = ["resolve"]
 
+_OF_PARAMETERS = ("recipe.unknown-parameter", "recipe.parameter")
+_FROM_PARAMETERS = ("recipe.missing-parameter", "recipe.combination")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 
 
@@ -54,7 +56,7 @@ class _Resolution:
         self.recipe = recipe
         self.schema = recipe.schema
         self.document = recipe.document
-        self.problems: list[MergeError] = []
+        self.problems: list[MergeError] = list(recipe.problems)
         self.warnings: list[str] = list(recipe.warnings)
         self.inputs = Inputs(recipe.document, located)
 
@@ -62,29 +64,33 @@ class _Resolution:
         """The resolved merge."""
         schema = self.schema
         method = self._method()
-        builder = SliceBuilder(
-            self.document,
-            schema,
-            method.info,
-            self.inputs,
-            lenient=self.recipe.lenient,
-            problems=self.problems,
-            warnings=self.warnings,
-        )
-        shared = builder.levels[()]
-        builder.open_inputs()
+        builder = None
+        if method is not None:
+            builder = SliceBuilder(
+                self.document,
+                schema,
+                method.info,
+                self.inputs,
+                lenient=self.recipe.lenient,
+                problems=self.problems,
+                warnings=self.warnings,
+            )
+        open_inputs(schema, self.inputs)
+        opened = not self.inputs.problems
         self.problems += self.inputs.problems
-        chat_template = self._chat_template()
-        if self.inputs.problems:
-            raise PlanError(self.problems)
-        checkpoints = self.inputs.checkpoints
+        checkpoints = list(self.inputs.checkpoints)
         for checkpoint in checkpoints:
             self.warnings += checkpoint.warnings
+        chat_template = self._chat_template()
+        tokenizer = self._tokenizer()
+        if method is None or builder is None or not opened or not self.recipe.whole:
+            raise self._failure()
+        shared = builder.levels[()]
+        count = len(self.problems)
         stack = self._stack(checkpoints)
         slices = builder.build(stack, self._depths(checkpoints, stack))
-        tokenizer = self._tokenizer()
-        if not slices or self.problems:
-            raise PlanError(self.problems)
+        if not slices or len(self.problems) > count:
+            raise self._failure()
         tying = find_tying(slices, checkpoints, self.warnings)
         out = dtype_of(schema.out_dtype or schema.dtype or "")
         assembler = Assembler(
@@ -103,7 +109,7 @@ class _Resolution:
         if not tensors and not self.problems:
             self.problems.append(FormatError("the inputs have no tensors", code="input.empty"))
         if self.problems:
-            raise PlanError(self.problems)
+            raise self._failure()
         self._unused(shared, slices)
         donor = self._donor(slices)
         return ResolvedMerge(
@@ -145,26 +151,37 @@ class _Resolution:
                 return checkpoint.label + warning[len(path) :]
         return warning
 
-    def _method(self) -> Method:
-        """The method, or the error that there is none: nothing else can be checked then."""
+    def _failure(self) -> MergeError:
+        """All problems, without those that only follow from others; a single one of the recipe's text is itself."""
+        if any(p.code in _OF_PARAMETERS for p in self.problems):
+            self.problems = [p for p in self.problems if p.code not in _FROM_PARAMETERS]
+        if self.recipe.problems and len(self.problems) == 1:
+            return self.problems[0]
+        return PlanError(self.problems)
+
+    def _method(self) -> Method | None:
+        """The method; None after noting that there is none."""
         schema = self.schema
         known = names()
+        if not schema.merge_method:
+            return None
         if schema.merge_method not in known:
             hint = nearest(schema.merge_method, known)
             error = self._error(
                 ("merge_method",),
-                f"this version has no merge method '{schema.merge_method}'",
+                f"this version has no merge method '{cut(schema.merge_method)}'",
                 code="recipe.method",
                 expected="one of " + ", ".join(known),
                 hint=hint,
             )
-            raise PlanError([error])
+            self.problems.append(error)
+            return None
         method = get(schema.merge_method)
         if schema.dialect not in method.info.dialects:
             self.problems.append(
                 self._error(
                     ("dialect",),
-                    f"{method.info.name} has no dialect '{schema.dialect}'",
+                    f"{method.info.name} has no dialect '{cut(schema.dialect)}'",
                     expected="one of " + ", ".join(method.info.dialects),
                 )
             )
@@ -222,15 +239,19 @@ class _Resolution:
             return None
         if not source.exact and source.path == "base":
             if self.schema.base_model is None:
-                self.problems.append(self._error(loc, "'tokenizer_source: base' without a base_model"))
+                if "base_model" not in self.recipe.data:
+                    self.problems.append(self._error(loc, "'tokenizer_source: base' without a base_model"))
                 return None
             source = self.schema.base_model
+        if str(source) in self.inputs.failed:
+            return None
         count = len(self.inputs.checkpoints)
         position = self.inputs.add(source, loc)
         if position is None or position >= count:
             labels = ", ".join(c.label for c in self.inputs.checkpoints[:count])
             message = "tokenizer_source is not a model of the recipe"
-            self.problems.append(self._error(loc, message, expected=f"base, or one of {labels}", got=repr(str(source))))
+            got = repr(cut(str(source)))
+            self.problems.append(self._error(loc, message, expected=f"base, or one of {labels}", got=got))
             return None
         self._compare_tokenizers(position)
         return position
@@ -261,7 +282,9 @@ class _Resolution:
         try:
             found = chat_template(text, (Path(), self.document.folder))
         except (OSError, UnicodeDecodeError) as error:
-            self.problems.append(self._error(loc, f"cannot read the chat template '{text}': {error}"))
+            self.problems.append(
+                self._error(loc, f"cannot read the chat template '{cut(text)}': {getattr(error, 'strerror', error)}")
+            )
             return None
         if found is None:
             expected = "auto, a file, Jinja text, or one of " + ", ".join(NAMED)

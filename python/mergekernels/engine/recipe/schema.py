@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ...errors import MergeError, PlanError, RecipeError
+from ...errors import MergeError, RecipeError, cut
 from . import values
 from .source import Document
 from .values import A_WRONG_VALUE, PLANNED, Loc, Reference, Wrong, nearest
@@ -38,18 +38,18 @@ class SourceEntry:
 class SliceEntry:
     """An entry of `slices`."""
 
-    sources: tuple[SourceEntry, ...]
+    sources: tuple[SourceEntry | None, ...]
     base_model: Reference | None = None
     parameters: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class RecipeSchema:
-    """The top level."""
+    """The top level. An entry that is wrong is None, here and in the lists of sources."""
 
     merge_method: str
-    models: tuple[ModelEntry, ...] | None = None
-    slices: tuple[SliceEntry, ...] | None = None
+    models: tuple[ModelEntry | None, ...] | None = None
+    slices: tuple[SliceEntry | None, ...] | None = None
     base_model: Reference | None = None
     parameters: Mapping[str, Any] | None = None
     dtype: str | None = None
@@ -62,22 +62,18 @@ class RecipeSchema:
     layers: str | None = None
 
 
-def validate(document: Document, *, lenient: bool) -> tuple[RecipeSchema, list[str]]:
-    """The checked recipe, and warnings.
+def validate(document: Document, *, lenient: bool) -> tuple[RecipeSchema, list[str], list[MergeError], bool]:
+    """(the recipe as far as it is right, warnings, problems, whether the inputs and the method are named).
 
     lenient : unknown keys become warnings and are left out.
 
     Raises
     ------
-    RecipeError : one thing is wrong. PlanError : several are.
+    RecipeError : the recipe is not a mapping.
     """
     checker = _Checker(document, lenient)
     schema = checker.top()
-    if len(checker.problems) == 1:
-        raise checker.problems[0]
-    if schema is None or checker.problems:
-        raise PlanError(checker.problems)
-    return schema, checker.warnings
+    return schema, checker.warnings, checker.problems, checker.whole
 
 
 def _show(value: Any) -> str:
@@ -104,18 +100,18 @@ class _Checker:
         self.lenient = lenient
         self.problems: list[MergeError] = []
         self.warnings: list[str] = []
+        self.whole = True
 
     def error(self, loc: Loc, message: str, code: str = "recipe.value", **fields: str | None) -> RecipeError:
         """A problem at a place in the recipe."""
         return RecipeError(message, code=code, file=self.document.file or None, line=self.document.line(loc), **fields)
 
-    def top(self) -> RecipeSchema | None:
-        """The recipe; None after noting what is wrong."""
+    def top(self) -> RecipeSchema:
+        """The recipe as far as it is right."""
         data = self.document.data
         if not isinstance(data, dict):
             message = "a recipe is a mapping of keys"
-            self.problems.append(self.error((), message, expected="merge_method: ...", got=_show(data)))
-            return None
+            raise self.error((), message, expected="merge_method: ...", got=_show(data))
         fields = self.fields(
             data,
             (),
@@ -136,11 +132,16 @@ class _Checker:
             },
             ("merge_method",),
         )
+        names = ("merge_method", "models", "slices", "base_model", "layers")
+        if fields is None or any(data.get(name) is not None and name not in fields for name in names):
+            self.whole = False
+        fields = {"merge_method": "", **(fields or {})}
         if (data.get("models") is None) == (data.get("slices") is None):
             got = "both" if data.get("models") is not None else "neither"
             loc: Loc = ("slices",) if got == "both" else ()
             self.problems.append(self.error(loc, "a recipe has either models or slices", got=got))
-        return RecipeSchema(**fields) if fields is not None and not self.problems else None
+            self.whole = False
+        return RecipeSchema(**fields)
 
     def model(self, value: Any, loc: Loc) -> ModelEntry | None:
         """An entry of `models`."""
@@ -175,20 +176,22 @@ class _Checker:
                 raise Wrong(A_WRONG_VALUE, "a list")
             if not value:
                 raise Wrong(A_WRONG_VALUE, "at least one entry")
-            return tuple(check(item, (*loc, i)) for i, item in enumerate(value))
+            found = tuple(check(item, (*loc, i)) for i, item in enumerate(value))
+            if any(item is None for item in found):
+                self.whole = False
+            return found
 
         return checked
 
     def fields(
         self, value: Any, loc: Loc, checks: Mapping[str, _Check], required: tuple[str, ...]
     ) -> dict[str, Any] | None:
-        """The checked values of a mapping's keys; None after noting that one is wrong."""
+        """The checked values of a mapping's keys, without wrong ones; None if a required one is not among them."""
         if not isinstance(value, dict):
             self._wrong(loc, value, Wrong(A_WRONG_VALUE, "a mapping"))
             return None
         where = ".".join(str(part) for part in loc)
         under = f" under '{where}'" if where else ""
-        count = len(self.problems)
         for name in required:
             if value.get(name) is None:
                 message = f"required key '{name}' is missing{under}"
@@ -203,7 +206,7 @@ class _Checker:
                     found[name] = checks[name](item, here)
                 except Wrong as wrong:
                     self._wrong(here, item, wrong)
-        return found if len(self.problems) == count else None
+        return found if all(name in found for name in required) else None
 
     def _wrong(self, loc: Loc, value: Any, wrong: Wrong) -> None:
         full = ".".join(str(part) for part in loc)
@@ -217,7 +220,7 @@ class _Checker:
             message = f"'{name}' is not supported: {PLANNED[name]}"
             self.problems.append(self.error(loc, message, "recipe.planned"))
             return
-        message = f"unknown key '{name}'{under}"
+        message = f"unknown key '{cut(name)}'{under}"
         expected = "one of " + ", ".join(known)
         error = self.error(loc, message, "recipe.unknown-key", expected=expected, hint=nearest(name, known))
         if self.lenient:

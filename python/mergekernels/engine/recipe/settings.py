@@ -8,7 +8,7 @@ from typing import Any
 
 from ..._methods.arguments import Unusable, convert
 from ..._methods.protocol import MethodInfo, Param
-from ...errors import MergeError, RecipeError, nearest
+from ...errors import MergeError, RecipeError, cut, nearest
 from .source import Document
 
 __all__ = ["Condition", "Setting", "compile_level", "find"]
@@ -98,7 +98,7 @@ def compile_level(
         param = params.get(name)
         if param is None:
             error = RecipeError(
-                f"{info.name} has no parameter '{name}'",
+                f"{info.name} has no parameter '{cut(name)}'",
                 code="recipe.unknown-parameter",
                 file=document.file or None,
                 line=document.line(here),
@@ -172,7 +172,7 @@ class _Compiler:
     def _condition(self, loc: Loc, item: dict[str, Any]) -> Condition | None:
         extra = [key for key in item if key not in ("filter", "value")]
         if extra or "value" not in item:
-            message = f"unknown key '{extra[0]}' beside a filter" if extra else "a filter without a value"
+            message = f"unknown key '{cut(extra[0])}' beside a filter" if extra else "a filter without a value"
             self._error((*loc, *extra[:1]), message, expected="{filter: ..., value: ...}")
             return None
         pattern = item.get("filter")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from ..._methods.protocol import MethodInfo
-from ...errors import MergeError, RecipeError
+from ...errors import InputError, MergeError, RecipeError
 from .inputs import Inputs
 from .names import Stack
 from .schema import RecipeSchema, SliceEntry
@@ -14,9 +15,10 @@ from .settings import Setting, compile_level
 from .source import Document
 from .values import Reference
 
-__all__ = ["Slice", "SliceBuilder", "SliceSource"]
+__all__ = ["Slice", "SliceBuilder", "SliceSource", "open_inputs"]
 
 Loc = tuple[str | int, ...]
+_Entry = TypeVar("_Entry")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,24 @@ class Slice:
         return tuple(i for i, s in enumerate(self.sources) if s.merged)
 
 
+def open_inputs(schema: RecipeSchema, inputs: Inputs) -> None:
+    """Opens every model in order of the recipe, the base where it is listed, else last."""
+    for i, entry in _present(schema.models):
+        inputs.add(entry.model, ("models", i, "model"))
+    for i, slice_ in _present(schema.slices):
+        for j, source in _present(slice_.sources):
+            inputs.add(source.model, ("slices", i, "sources", j, "model"))
+        if slice_.base_model is not None:
+            inputs.add(slice_.base_model, ("slices", i, "base_model"))
+    if schema.base_model is not None:
+        inputs.add(schema.base_model, ("base_model",))
+
+
+def _present(entries: Sequence[_Entry | None] | None) -> Iterator[tuple[int, _Entry]]:
+    """The entries that are right, with their positions in the recipe."""
+    return ((i, entry) for i, entry in enumerate(entries or ()) if entry is not None)
+
+
 class SliceBuilder:
     """Makes the slices of a recipe and notes what is wrong with them."""
 
@@ -72,11 +92,11 @@ class SliceBuilder:
         self.warnings = warnings
         self.levels: dict[Loc, dict[str, Setting]] = {}
         self._compile((), schema.parameters)
-        for i, entry in enumerate(schema.models or ()):
+        for i, entry in _present(schema.models):
             self._compile(("models", i), entry.parameters)
-        for i, slice_ in enumerate(schema.slices or ()):
+        for i, slice_ in _present(schema.slices):
             self._compile(("slices", i), slice_.parameters)
-            for j, source in enumerate(slice_.sources):
+            for j, source in _present(slice_.sources):
                 self._compile(("slices", i, "sources", j), source.parameters)
 
     def _compile(self, loc: Loc, parameters: Mapping[str, object] | None) -> None:
@@ -91,26 +111,20 @@ class SliceBuilder:
             warnings=self.warnings,
         )
 
-    def open_inputs(self) -> None:
-        """Opens every model in order of the recipe, the base where it is listed, else last."""
-        schema = self.schema
-        for i, entry in enumerate(schema.models or ()):
-            self.inputs.add(entry.model, ("models", i, "model"))
-        for i, slice_ in enumerate(schema.slices or ()):
-            for j, source in enumerate(slice_.sources):
-                self.inputs.add(source.model, ("slices", i, "sources", j, "model"))
-            if slice_.base_model is not None:
-                self.inputs.add(slice_.base_model, ("slices", i, "base_model"))
-        if schema.base_model is not None:
-            self.inputs.add(schema.base_model, ("base_model",))
-
-    def error(self, loc: Loc, message: str, *, expected: str | None = None, got: str | None = None) -> None:
+    def error(
+        self,
+        loc: Loc,
+        message: str,
+        *,
+        expected: str | None = None,
+        got: str | None = None,
+        kind: type[MergeError] = RecipeError,
+        code: str = "recipe.slices",
+    ) -> None:
         """Notes a problem at a place in the recipe."""
         line = self.document.line(loc)
         file = self.document.file or None
-        self.problems.append(
-            RecipeError(message, code="recipe.slices", file=file, line=line, expected=expected, got=got)
-        )
+        self.problems.append(kind(message, code=code, file=file, line=line, expected=expected, got=got))
 
     def build(self, stack: Stack | None, depths: list[int]) -> list[Slice]:
         """The slices. depths : number of layers of every input."""
@@ -124,7 +138,7 @@ class SliceBuilder:
                 expected="names such as layers.0.*",
             )
             return []
-        found = [self._from_slice(i, entry, depths) for i, entry in enumerate(self.schema.slices or ())]
+        found = [self._from_slice(i, entry, depths) for i, entry in _present(self.schema.slices)]
         return [s for s in found if s is not None]
 
     def _base(self, reference: Reference | None) -> int | None:
@@ -134,7 +148,7 @@ class SliceBuilder:
     def _from_models(self, depths: list[int]) -> Slice | None:
         base = self._base(self.schema.base_model)
         sources: list[SliceSource] = []
-        for i, entry in enumerate(self.schema.models or ()):
+        for i, entry in _present(self.schema.models):
             loc: Loc = ("models", i)
             position = self.inputs.add(entry.model, (*loc, "model"))
             if position is not None:
@@ -144,7 +158,8 @@ class SliceBuilder:
         names = self.inputs.checkpoints
         if len({depths[s.input] for s in sources}) > 1:
             got = ", ".join(f"{names[s.input].label}: {depths[s.input]}" for s in sources)
-            self.error(("models",), "the models have different numbers of layers", expected="equal numbers", got=got)
+            message = "the models have different numbers of layers"
+            self.error(("models",), message, expected="equal numbers", got=got, kind=InputError, code="input.layers")
             return None
         return self._checked(Slice(tuple(sources), depths[sources[0].input] if sources else 0, ("models",)))
 
@@ -153,7 +168,7 @@ class SliceBuilder:
         base = self._base(entry.base_model or self.schema.base_model)
         sources: list[SliceSource] = []
         lengths: list[int] = []
-        for j, item in enumerate(entry.sources):
+        for j, item in _present(entry.sources):
             here: Loc = (*loc, "sources", j)
             first, end = item.layer_range
             lengths.append(end - first)
@@ -208,7 +223,7 @@ class SliceBuilder:
         info, count = self.info, len(slice_.models)
         if info.base == "required" and all(not s.is_base for s in slice_.sources):
             if self.schema.base_model is None:
-                self.error(("merge_method",), f"{info.name} needs a base_model")
+                self.error(("merge_method",), f"{info.name} needs a base_model", code="recipe.missing-base")
             return None
         if not info.min_models <= count <= info.max_models:
             what = "models" if info.base == "input" else "models beside the base"

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import InputError, RecipeError
+from ...errors import InputError, RecipeError, cut
 
 if TYPE_CHECKING:
     import yaml
@@ -153,18 +153,18 @@ class _Builder:
             self._check_tag(node, "map")
             return self._mapping(node, loc, depth)
         if node.tag not in _PLAIN:
-            raise self._error(node, "tags are not allowed", got=repr(node.tag))
+            raise self._error(node, "tags are not allowed", got=repr(cut(node.tag)))
         if node.tag.endswith((":str", ":timestamp")):
             return node.value
         kind = node.tag.rsplit(":", 1)[1]
         try:
             return getattr(self._constructor, f"construct_yaml_{kind}")(node)
         except (ValueError, KeyError, OverflowError):
-            raise self._error(node, f"not a valid {kind}", got=repr(node.value)) from None
+            raise self._error(node, f"not a valid {kind}", got=repr(cut(node.value))) from None
 
     def _check_tag(self, node: yaml.Node, kind: str) -> None:
         if node.tag != f"tag:yaml.org,2002:{kind}":
-            raise self._error(node, "tags are not allowed", got=repr(node.tag))
+            raise self._error(node, "tags are not allowed", got=repr(cut(node.tag)))
 
     def _mapping(self, node: Any, loc: tuple[str | int, ...], depth: int) -> dict[str, Any]:
         seen: dict[str, int] = {}
@@ -174,7 +174,9 @@ class _Builder:
             if key.id != "scalar" or key.tag != "tag:yaml.org,2002:str":
                 raise self._error(key, "keys must be strings", got=repr(key.value)[:60])
             if key.value in seen:
-                raise self._error(key, f"duplicate key '{key.value}'", hint=f"First given on line {seen[key.value]}")
+                raise self._error(
+                    key, f"duplicate key '{cut(key.value)}'", hint=f"First given on line {seen[key.value]}"
+                )
             seen[key.value] = key.start_mark.line + 1
         try:
             self._constructor.flatten_mapping(node)

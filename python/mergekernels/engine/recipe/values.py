@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import nearest
+from ...errors import cut, nearest
 from ...tensors import FLOAT_DTYPES
 
 __all__ = [
@@ -133,7 +133,7 @@ def reference(value: Any, loc: Loc) -> Reference:
             if key in ("lora", "override_architecture") and value[key] is not None:
                 raise Wrong(f"'{key}' is not supported: {PLANNED[key]}")
             if key not in ("model", "path", "revision", "lora", "override_architecture"):
-                raise Wrong(f"unknown key '{key}'", hint=nearest(str(key), ("model", "path", "revision")))
+                raise Wrong(f"unknown key '{cut(str(key))}'", hint=nearest(str(key), ("model", "path", "revision")))
         if "model" in value and "path" not in value and "revision" not in value:
             return reference(value["model"], loc)
         path, revision = value.get("path"), value.get("revision")
