@@ -69,8 +69,8 @@ def run_sweep(
                 offset=offset,
                 threads=threads,
             )
-    if nan == "error":
-        _refuse_nonfinite(stats, selection.scope, tensors)
+    if nan == "error" and visited == n:  # a sample does not know the places of its elements
+        _refuse_nonfinite(stats, selection.scope, tensors, len(sweep.intervals))
     return stats, visited
 
 
@@ -82,10 +82,8 @@ def _sample(
     blocks = int(piece.numel * fraction) // SAMPLE_BLOCK
     if blocks < 2 or not all(_is_run(v) for v in views):
         return piece, base, models
-    stride = piece.numel // blocks
-    # A stride that is no multiple of a row length visits all columns.
-    if stride > 2 * 4096:
-        stride = stride // 4096 * 4096 - 1565
+    # An odd stride is no multiple of an even row length, so that all columns are visited.
+    stride = (piece.numel // blocks - 1) | 1
     count = blocks * SAMPLE_BLOCK
     cut = [
         TensorView(v.ptr, (blocks, SAMPLE_BLOCK), (stride, 1), v.dtype, _strided(v, blocks, stride), v.cast, v.device)
@@ -110,14 +108,12 @@ def _strided(view: TensorView, blocks: int, stride: int) -> Any:
     return view.owner.as_strided((blocks, SAMPLE_BLOCK), (stride, 1))
 
 
-def _refuse_nonfinite(stats: SweepStats, scope: Scope, tensors: Sequence[Inputs]) -> None:
-    names = [t.name for t in tensors]
-    num_models = tensors[0].num_models
+def _refuse_nonfinite(stats: SweepStats, scope: Scope, tensors: Sequence[Inputs], num_models: int) -> None:
     for source in range(num_models + 1):
         first, count = stats.nonfinite(source)
         if first >= 0:
             label = "the base" if source == num_models else f"model {source}"
-            raise nonfinite(label, first, count, scope, names)
+            raise nonfinite(label, first, count, scope, [t.name for t in tensors])
 
 
 def select(
