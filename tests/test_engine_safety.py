@@ -78,12 +78,14 @@ def test_an_index_that_is_a_link_into_the_output(root: Path, tmp_path: Path) -> 
     refused(root / "ties.yml", out, "output.is-input", name)
 
 
-def test_an_input_folder_reached_through_the_output(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("link", ["link", "sub/link"])
+def test_an_input_folder_reached_through_the_output(root: Path, tmp_path: Path, link: str) -> None:
     out = tmp_path / "out"
     cases.save(out, {"a": torch.ones(4)})
     (root / "tuned1").rename(tmp_path / "elsewhere")
-    (out / "link").symlink_to(tmp_path / "elsewhere")
-    (root / "tuned1").symlink_to(out / "link")
+    (out / "sub").mkdir()
+    (out / link).symlink_to(tmp_path / "elsewhere")
+    (root / "tuned1").symlink_to(out / link)
     refused(root / "ties.yml", out, "output.is-input", "tuned1")
 
 
