@@ -61,6 +61,7 @@ wheel-test: $(VENV)/.environment
 
 bench: $(VENV)/.built
 	cd benchmarks && ../$(RUN)pytest -q --quick bench_select.py bench_stream.py
+	PATH="$(abspath $(RUN)):$$PATH" $(RUN)python benchmarks/bench_merge.py --small --repeat 1 --folder build/bench --out build/bench/results.json
 
 clean:
 	rm -rf build dist $(VENV)/.built .demo
