@@ -311,6 +311,12 @@ def test_one_tensor_is_no_list_of_tensors() -> None:
         mk.merge([torch.from_numpy(data)], "linear", weights=1)
 
 
+def test_shards_that_do_not_fit_together() -> None:
+    x = torch.ones(4, 6)
+    with pytest.raises(ArgumentError, match=r"differ in dimension 0 \(shard_dim\) alone; got \(4, 1\), \(4, 5\)"):
+        mk.merge([list(x.split([1, 5], 1))], "linear", weights=1)
+
+
 def test_state_dicts_with_mixed_kinds() -> None:
     whole, real = {"a": torch.tensor([1, 2])}, {"a": torch.tensor([1.0, 2.0])}
     for models in ([whole, real], [real, whole]):

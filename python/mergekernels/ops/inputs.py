@@ -107,7 +107,15 @@ def _pieces(shapes: list[tuple[int, ...]], dim: int, name: str) -> tuple[Piece, 
     if len(shapes) == 1:
         return (Piece.flat(0, prod(shapes[0])),)
     others = [shape[:dim] + shape[dim + 1 :] for shape in shapes]
-    refuse_unequal([f"shard {i}" for i in range(len(shapes))], others, "shape across the cut", name)
+    if any(other != others[0] for other in others):
+        raise ArgumentError(
+            "the shards do not fit together",
+            code="shards.shape",
+            tensor=name,
+            expected=f"shapes that differ in dimension {dim} (shard_dim) alone",
+            got=", ".join(str(shape) for shape in shapes[:4]),
+            hint="Column shards need shard_dim=1.",
+        )
     rows, inner = prod(shapes[0][:dim]), prod(shapes[0][dim + 1 :])
     ld = sum(shape[dim] for shape in shapes) * inner
     pieces, start = [], 0
