@@ -44,21 +44,21 @@ step() {
 
 # Everything is installed into a folder of its own. Without an index the build tools must be there already.
 site=$out/site
+trap 'rm -rf "$site"' EXIT
 export PYTHONPATH=$site PATH=$site/bin:$PATH CMAKE_BUILD_PARALLEL_LEVEL=8
 "$python" -m pip install -q --target "$site" scikit-build-core pybind11 cmake ninja pytest PyYAML typer rich safetensors \
     >"$out/tools.log" 2>&1 || echo "tools: not installed, going on with what is there" | tee -a "$out/summary.txt"
 architecture=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
-step build 240 "$python" -m pip install --no-build-isolation --no-deps --target "$site" \
+step build 200 "$python" -m pip install --no-build-isolation --no-deps --target "$site" \
     -C cmake.define.CMAKE_CUDA_ARCHITECTURES="$architecture" . || exit 1
 
 # From tests/, because the folder kernels/ must not be importable as a package.
 tests=(test_gpu_devices.py test_cuda_build.py test_cuda_host.py)
-step tests 150 env -C "$root/tests" "$python" -m pytest -q -rs -p no:cacheprovider --junit-xml="$out/tests.xml" "${tests[@]}"
+step tests 140 env -C "$root/tests" "$python" -m pytest -q -rs -p no:cacheprovider --junit-xml="$out/tests.xml" "${tests[@]}"
 if command -v compute-sanitizer >/dev/null; then
-    step sanitizer 90 env -C "$root/tests" compute-sanitizer --error-exitcode 9 --target-processes all \
+    step sanitizer 80 env -C "$root/tests" compute-sanitizer --error-exitcode 9 --target-processes all \
         "$python" -m pytest -q -p no:cacheprovider test_gpu_devices.py -k "cuda and (sizes or pieces or in_place) and not repeated"
 fi
-step bench 120 env -C "$root/benchmarks" "$python" bench_gpu.py --out "$out/gpu.json"
+step bench 110 env -C "$root/benchmarks" "$python" bench_gpu.py --out "$out/gpu.json"
 cat "$out/bench.log"
-rm -rf "$site"
 exit "$failed"
