@@ -4,33 +4,12 @@
 #include <stdexcept>
 
 #include "common/tree.h"
+#include "cuda/by_dtype.h"
 #include "cuda/launch.h"
 
 namespace mergekernels {
 
 namespace {
-
-template <class C, class Start>
-void by_dtype(int dtype, const Start& start) {
-  if constexpr (sizeof(C) == 8) {
-    if (dtype != kF64) throw std::invalid_argument("float64 arithmetic takes float64 inputs");
-    start(std::integral_constant<int, kF64>{});
-  } else {
-    switch (dtype) {
-      case kBF16:
-        start(std::integral_constant<int, kBF16>{});
-        break;
-      case kF16:
-        start(std::integral_constant<int, kF16>{});
-        break;
-      case kF32:
-        start(std::integral_constant<int, kF32>{});
-        break;
-      default:
-        throw std::invalid_argument("float64 inputs are computed in float64");
-    }
-  }
-}
 
 int group_count(std::int64_t n, std::int64_t first) {
   const std::int64_t left = n - first;

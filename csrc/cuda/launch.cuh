@@ -8,6 +8,7 @@
 #include <string>
 #include <type_traits>
 
+#include "cuda/by_dtype.h"
 #include "cuda/launch.h"
 
 namespace mergekernels {
@@ -49,29 +50,6 @@ inline int grid_size(std::int64_t work, int device) {
 }
 
 inline void after_launch(const char* what, const Queue& queue) { check(cudaGetLastError(), what, queue.device); }
-
-// Calls `start` with the dtype code as a constant. float64 is computed in float64, everything else in float32.
-template <class C, class Start>
-void by_dtype(int dtype, const Start& start) {
-  if constexpr (sizeof(C) == 8) {
-    if (dtype != kF64) throw std::invalid_argument("float64 arithmetic takes float64 inputs");
-    start(std::integral_constant<int, kF64>{});
-  } else {
-    switch (dtype) {
-      case kBF16:
-        start(std::integral_constant<int, kBF16>{});
-        break;
-      case kF16:
-        start(std::integral_constant<int, kF16>{});
-        break;
-      case kF32:
-        start(std::integral_constant<int, kF32>{});
-        break;
-      default:
-        throw std::invalid_argument("float64 inputs are computed in float64");
-    }
-  }
-}
 
 __device__ __forceinline__ unsigned warp_sum(unsigned value) {
 #if __CUDA_ARCH__ >= 800
