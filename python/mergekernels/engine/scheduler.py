@@ -113,8 +113,8 @@ class Scheduler(Generic[W]):
             if tick is not None:
                 tick(*self._progress())
         finally:
+            self._stop = True
             with self._changed:
-                self._stop = True
                 self._changed.notify_all()
             for t in threads:
                 if t.ident is not None:
@@ -136,9 +136,10 @@ class Scheduler(Generic[W]):
         return self._stop
 
     def _progress(self) -> tuple[int, str]:
-        with self._changed:
-            moved = sum(min(a.job.moved, a.job.weight) for a in self._active)
-            return self._finished + moved, self._active[0].job.name if self._active else ""
+        # Without the lock: a signal's exception inside its __enter__ would leave it held, and the workers waiting for ever.
+        active = tuple(self._active)
+        moved = sum(min(a.job.moved, a.job.weight) for a in active)
+        return self._finished + moved, active[0].job.name if active else ""
 
     def _work(self, worker: W) -> None:
         try:
