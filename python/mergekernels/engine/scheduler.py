@@ -136,7 +136,7 @@ class Scheduler(Generic[W]):
         return self._stop
 
     def _progress(self) -> tuple[int, str]:
-        # Without the lock: a signal's exception inside its __enter__ would leave it held, and the workers waiting for ever.
+        # Without the lock: a signal's exception inside its __enter__ would leave it held, and the workers would hang.
         active = tuple(self._active)
         moved = sum(min(a.job.moved, a.job.weight) for a in active)
         return self._finished + moved, active[0].job.name if active else ""
