@@ -146,7 +146,7 @@ def main() -> int:
     # The reference would sort for minutes: the cpu backend, which is tested against it, finds the points.
     points = select(host[1], k, base=host[0], name=NAME, backend="cpu", nan="propagate")
     program = Program(
-        WEIGHTS, tuple(points), consensus="sum", divisor="agreeing_weights", tensor=tensor_id(NAME), scale=1.0
+        WEIGHTS, tuple(points), vote="weighted", divisor="agreeing_weights", tensor=tensor_id(NAME), scale=1.0
     )
     expected = {
         "points": points,

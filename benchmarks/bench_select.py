@@ -13,7 +13,7 @@ from yardsticks import Family
 
 from mergekernels._backends.reference.common import keys, tie_words
 from mergekernels._backends.reference.select import select_point
-from mergekernels.ops.program import Keep
+from mergekernels.ops.keep import Keep
 from mergekernels.ops.select import select
 from mergekernels.tensors import tensor_id
 

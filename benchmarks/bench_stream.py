@@ -13,7 +13,8 @@ import pytest
 import torch
 from yardsticks import Family
 
-from mergekernels.ops.program import Keep, Program
+from mergekernels.ops.keep import Keep
+from mergekernels.ops.program import Program
 from mergekernels.ops.select import select
 from mergekernels.ops.stream import stream
 from mergekernels.tensors import tensor_id
@@ -64,7 +65,7 @@ def _ties(family: Family, points: list[Keep]) -> tuple[Program, Callable[[], tor
         return (base + total / divisor).to(family.base.dtype)
 
     keep = tuple(points)
-    return Program(WEIGHTS, keep, consensus="sum", divisor="agreeing_weights", tensor=tensor_id(NAME)), eager
+    return Program(WEIGHTS, keep, vote="weighted", divisor="agreeing_weights", tensor=tensor_id(NAME)), eager
 
 
 @pytest.mark.parametrize("method", [_linear, _task_arithmetic, _ties], ids=["linear", "task_arithmetic", "ties"])

@@ -10,7 +10,9 @@
 #include <tuple>
 #include <vector>
 
+#include "common/transcendental.h"
 #include "common/tree.h"
+#include "cpu/block_sums.h"
 #include "cpu/buffer.h"
 #include "cpu/compare.h"
 #include "cpu/ops.h"
@@ -81,14 +83,17 @@ void bind_sweep_stats(py::module_& m) {
   py::class_<S>(m, "SweepStats")
       .def(py::init([](const std::vector<int>& stages, const std::vector<std::uint64_t>& lo,
                        const std::vector<std::uint64_t>& hi, const std::vector<std::uint64_t>& tau, int order,
-                       std::int64_t capacity) {
-             if (lo.size() != stages.size() || hi.size() != stages.size() || tau.size() != stages.size())
-               throw py::value_error("stages, lo, hi and tau need one value for each model");
+                       std::int64_t capacity, const std::optional<std::vector<int>>& models) {
+             const std::size_t n = stages.size();
+             if (lo.size() != n || hi.size() != n || tau.size() != n || (models && models->size() != n))
+               throw py::value_error("stages, lo, hi, tau and models need one value for each search");
              std::vector<S::Interval> intervals;
-             for (std::size_t i = 0; i < stages.size(); ++i) intervals.push_back({stages[i], lo[i], hi[i], tau[i]});
+             for (std::size_t i = 0; i < n; ++i)
+               intervals.push_back({stages[i], lo[i], hi[i], tau[i], models ? (*models)[i] : static_cast<int>(i)});
              return std::make_unique<S>(std::move(intervals), order, capacity);
            }),
-           py::arg("stages"), py::arg("lo"), py::arg("hi"), py::arg("tau"), py::arg("order"), py::arg("capacity"))
+           py::arg("stages"), py::arg("lo"), py::arg("hi"), py::arg("tau"), py::arg("order"), py::arg("capacity"),
+           py::arg("models") = py::none())
       .def_property_readonly("capacity", &S::capacity)
       .def("before", &S::before, py::arg("model"))
       .def("inside", &S::inside, py::arg("model"))
@@ -167,6 +172,35 @@ void bind_stream_stats(py::module_& m) {
       .def_static("load", [](const py::bytes& data) { return std::unique_ptr<S>(S::load(data)); }, py::arg("data"));
 }
 
+void bind_block_sums(py::module_& m) {
+  using S = mk::BlockSums;
+  py::class_<S>(m, "BlockSums")
+      .def(py::init<int, std::int64_t, std::int64_t>(), py::arg("num_slots"), py::arg("num_segments"),
+           py::arg("segment_length"))
+      .def_property_readonly("num_slots", &S::num_slots)
+      .def_property_readonly("num_segments", &S::num_segments)
+      .def_property_readonly("segment_length", &S::segment_length)
+      .def_property_readonly("blocks_per_segment", &S::blocks_per_segment)
+      .def(
+          "set",
+          [](S& s, int slot, std::int64_t segment, std::int64_t block, const py::buffer& sums) {
+            const py::buffer_info info = sums.request();
+            const auto [data, n] = items<double>(info);
+            s.set(slot, segment, block, data, n);
+          },
+          py::arg("slot"), py::arg("segment"), py::arg("first_block"), py::arg("sums"))
+      .def(
+          "fold",
+          [](const S& s, int slot) {
+            const std::vector<double> sums = s.fold(slot);
+            return py::bytes(reinterpret_cast<const char*>(sums.data()), sums.size() * sizeof(double));
+          },
+          py::arg("slot"))
+      .def("merge", &S::merge, py::arg("other"))
+      .def("dump", [](const S& s) { return py::bytes(s.dump()); })
+      .def_static("load", [](const py::bytes& data) { return std::unique_ptr<S>(S::load(data)); }, py::arg("data"));
+}
+
 void bind_ops(py::module_& m) {
   m.def(
       "sweep",
@@ -214,6 +248,16 @@ void bind_ops(py::module_& m) {
         return words;
       },
       py::arg("seed"), py::arg("tensor"), py::arg("stream"), py::arg("first"), py::arg("count"));
+  m.def(
+      "transcendental",
+      [](const std::string& name, double x) {
+        if (name == "exp") return mk::exact_exp(x);
+        if (name == "log") return mk::exact_log(x);
+        if (name == "tanh") return mk::exact_tanh(x);
+        if (name == "sigmoid") return mk::exact_sigmoid(x);
+        throw py::value_error("a function is exp, log, tanh or sigmoid");
+      },
+      py::arg("name"), py::arg("x"));
   m.def(
       "block_tree",
       [](const py::buffer& values) {
@@ -279,5 +323,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
       });
   bind_sweep_stats(m);
   bind_stream_stats(m);
+  bind_block_sums(m);
   bind_ops(m);
 }

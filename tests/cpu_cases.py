@@ -10,7 +10,9 @@ import torch
 from mergekernels import _cpu
 from mergekernels._backends import cpu, reference
 from mergekernels._native import torch_dtype, view_of
-from mergekernels.ops.program import Keep, Program, Sweep
+from mergekernels.ops.keep import Keep
+from mergekernels.ops.program import Program
+from mergekernels.ops.sweeps import Sweep
 from mergekernels.tensors import BF16, CANONICAL_BLOCK, F16, F32, F64, DType, Piece, TensorView
 
 ISAS = _cpu.isas()
@@ -182,13 +184,15 @@ def random_program(rng: random.Random, deltas: list[torch.Tensor], base: bool, p
     """Any program for these deltas."""
     n = len(deltas)
     weights = tuple(rng.choice((1.0, -0.7, 0.0, 0.5, 1e-3, rng.gauss(0, 1))) for _ in range(n))
+    vote = rng.choice(("none", "weighted", "weighted"))
+    divisors = ("none", "value", "agreeing_weights", "agreeing_count")
     return Program(
         weights,
         tuple(random_keep(rng, d, piece) for d in deltas),
         base=base,
-        consensus=rng.choice(("none", "sum", "sum")),
+        vote=vote,
         zero_vote=rng.choice((-1, 0, 1)),
-        divisor=rng.choice(("none", "value", "agreeing_weights", "agreeing_count")),
+        divisor=rng.choice(divisors[:2] if vote == "none" else divisors),
         divisor_value=rng.choice((1.0, float(n), -3.0, 0.3)),
         scale=rng.choice((1.0, 1.0, 0.3, -2.0, 0.0)),
         seed=rng.choice((0, 1, 2**64 - 1, rng.randrange(2**64))),

@@ -34,8 +34,10 @@ from mergekernels._backends import reference
 from mergekernels._backends.reference.common import delta
 from mergekernels._backends.reference.select import select_point
 from mergekernels._native import torch_dtype, view_of
-from mergekernels.ops.program import NUM_BINS, Interval, Keep, Program, Sweep
+from mergekernels.ops.keep import Keep
+from mergekernels.ops.program import Program
 from mergekernels.ops.selection import Scope, Selection
+from mergekernels.ops.sweeps import NUM_BINS, Interval, Sweep
 from mergekernels.tensors import BF16, F16, F32, F64, DType, Piece, compute_dtype
 from rounding_oracle import ONCE, doubles, rounded_tensor
 

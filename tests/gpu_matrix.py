@@ -14,7 +14,9 @@ import torch
 from mergekernels._backends import reference
 from mergekernels._backends.reference.common import delta, keys, load, tie_words
 from mergekernels._native import to_torch, torch_dtype, view_of
-from mergekernels.ops.program import KEEP_NOTHING, MAX_KEY, NUM_BINS, Interval, Keep, Program, Sweep, bin_shift
+from mergekernels.ops.keep import KEEP_NOTHING, MAX_KEY, Keep
+from mergekernels.ops.program import Program
+from mergekernels.ops.sweeps import NUM_BINS, Interval, Sweep, bin_shift
 from mergekernels.tensors import BF16, F16, F32, F64, DType, Piece, TensorView, compute_dtype
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -233,11 +235,11 @@ def programs() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "linear", {}
     yield "linear_mean", {"divisor": "value", "divisor_value": 3.7}
     yield "task_arithmetic", {"scale": 0.3}
-    yield "ties", {"consensus": "sum", "divisor": "agreeing_weights", "scale": 1.1}
-    yield "ties_count", {"consensus": "sum", "divisor": "agreeing_count", "zero_vote": -1}
-    yield "ties_sum", {"consensus": "sum", "zero_vote": 0, "scale": 0.7}
-    yield "agreeing_nobody", {"divisor": "agreeing_weights"}
-    yield "ties_value", {"consensus": "sum", "divisor": "value", "divisor_value": 3.0}
+    yield "ties", {"vote": "weighted", "divisor": "agreeing_weights", "scale": 1.1}
+    yield "ties_count", {"vote": "weighted", "divisor": "agreeing_count", "zero_vote": -1}
+    yield "ties_sum", {"vote": "weighted", "zero_vote": 0, "scale": 0.7}
+    yield "agreeing_nobody", {"vote": "weighted", "divisor": "agreeing_weights", "zero_vote": 0}
+    yield "ties_value", {"vote": "weighted", "divisor": "value", "divisor_value": 3.0}
 
 
 def key_interval(x: torch.Tensor, x0: torch.Tensor | None, compute: DType, high: float, low: float) -> Interval:

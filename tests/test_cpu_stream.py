@@ -27,7 +27,8 @@ from cpu_cases import (
 from mergekernels import _cpu
 from mergekernels._backends import cpu, reference
 from mergekernels._native import torch_dtype, view_of
-from mergekernels.ops.program import KEEP_NOTHING, Keep, Program
+from mergekernels.ops.keep import KEEP_NOTHING, Keep
+from mergekernels.ops.program import Program
 from mergekernels.tensors import BF16, F16, F32, F64, Piece, TensorView
 from rounding_oracle import ONCE, doubles, rounded_tensor
 
@@ -63,12 +64,12 @@ PROGRAMS = {
     "linear": Program((0.3, 0.5, 0.2), (None,) * 3, base=False, divisor="value", divisor_value=1.0),
     "task_arithmetic": Program((0.3, -0.5, 0.2), (None,) * 3, scale=0.7),
     "ties": Program(
-        (1.0, 0.5, 0.25), (Keep(0x3C000000, "hash", 2**31, 50),) * 3, consensus="sum", divisor="agreeing_weights"
+        (1.0, 0.5, 0.25), (Keep(0x3C000000, "hash", 2**31, 50),) * 3, vote="weighted", divisor="agreeing_weights"
     ),
     "ties-paper": Program(
-        (1.0,) * 3, (Keep(0x3C000000),) * 3, consensus="sum", zero_vote=-1, divisor="agreeing_count", scale=0.4
+        (1.0,) * 3, (Keep(0x3C000000),) * 3, vote="weighted", zero_vote=-1, divisor="agreeing_count", scale=0.4
     ),
-    "nothing": Program((1.0,) * 3, (KEEP_NOTHING,) * 3, consensus="sum", divisor="agreeing_weights"),
+    "nothing": Program((1.0,) * 3, (KEEP_NOTHING,) * 3, vote="weighted", divisor="agreeing_weights"),
 }
 
 
@@ -84,16 +85,19 @@ def test_shapes(shape: tuple[int, ...], dtype: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("consensus", "divisor", "zero_vote"),
-    list(itertools.product(("none", "sum"), ("none", "value", "agreeing_weights", "agreeing_count"), (-1, 0, 1))),
+    ("vote", "divisor", "zero_vote"),
+    [
+        *itertools.product(("none",), ("none", "value"), (-1, 0, 1)),
+        *itertools.product(("weighted",), ("none", "value", "agreeing_weights", "agreeing_count"), (-1, 0, 1)),
+    ],
 )
-def test_every_kind_of_combination(consensus: str, divisor: str, zero_vote: int) -> None:
+def test_every_kind_of_combination(vote: str, divisor: str, zero_vote: int) -> None:
     models = [values("ties", 700, BF16, m) for m in range(4)]
     base = values("ties", 700, BF16, 9)
     program = Program(
         (1.0, -1.0, 0.5, 0.5),
         (None, Keep(0x3E800000, "index", index=300), None, Keep(0x3F000000)),
-        consensus=consensus,
+        vote=vote,
         divisor=divisor,
         zero_vote=zero_vote,
         divisor_value=2.5,

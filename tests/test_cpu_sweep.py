@@ -14,7 +14,8 @@ from mergekernels import _cpu
 from mergekernels._backends import cpu, reference
 from mergekernels._backends.reference.common import keys
 from mergekernels._native import torch_dtype, view_of
-from mergekernels.ops.program import MAX_KEY, Interval, Sweep, bin_shift
+from mergekernels.ops.keep import MAX_KEY
+from mergekernels.ops.sweeps import Interval, Sweep, bin_shift
 from mergekernels.tensors import BF16, F32, F64, DType, Piece
 
 

@@ -18,7 +18,9 @@ from mergekernels import _cpu  # noqa: E402
 from mergekernels._backends import reference  # noqa: E402
 from mergekernels._backends._device import place  # noqa: E402
 from mergekernels._native import view_of  # noqa: E402
-from mergekernels.ops.program import Keep, Program, Sweep  # noqa: E402
+from mergekernels.ops.keep import Keep  # noqa: E402
+from mergekernels.ops.program import Program  # noqa: E402
+from mergekernels.ops.sweeps import Sweep  # noqa: E402
 from mergekernels.tensors import BF16, F32, Piece, TensorView  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -47,7 +49,7 @@ def test_many_blocks(target: Any) -> None:
     n = (1 << 24) + 12345
     x0, models = inputs(n, BF16, 3, "weights", seed=1)
     keep = tuple(Keep(tau_of(x, x0, F32, 0.2), "hash", 1 << 31, n // 2) for x in models)
-    fields = {"consensus": "sum", "divisor": "agreeing_weights"}
+    fields = {"vote": "weighted", "divisor": "agreeing_weights"}
     check_stream(*target, Program((1.0, 0.5, -0.5), keep, seed=SEED, tensor=TENSOR, **fields), x0, models, BF16)
     narrow = tuple(key_interval(x, x0, F32, 0.2, 0.201) for x in models)
     check_sweep(*target, Sweep(narrow, "hash", True, SEED), x0, models)
@@ -58,7 +60,7 @@ def test_many_blocks(target: Any) -> None:
 def test_repeated_calls_give_the_same_bits(target: Any) -> None:
     x0, models = inputs(1 << 20, BF16, 3, "weights", seed=2)
     keep = tuple(Keep(tau_of(x, x0, F32, 0.3), "hash", 1 << 30, 5) for x in models)
-    program = Program((1.0, 1.0, 1.0), keep, seed=1, tensor=1, consensus="sum", divisor="agreeing_count")
+    program = Program((1.0, 1.0, 1.0), keep, seed=1, tensor=1, vote="weighted", divisor="agreeing_count")
     first = check_stream(*target, program, x0, models, BF16)
     for _ in range(3):
         assert torch.equal(check_stream(*target, program, x0, models, BF16), first)

@@ -83,12 +83,17 @@ FIELDS = [
     (dict(weights=(True,)), "weights[0] is not usable; expected a finite number; got True"),
     (dict(keep=(None, None)), "keep is not usable; expected 1 entries, one per weight; got 2"),
     (dict(keep=None), "keep is not usable; expected a tuple, one entry per model; got NoneType"),
-    (dict(keep=(3,)), "keep[0] is not usable; expected a Keep or None; got 3"),
-    (dict(consensus="foo"), "consensus is not usable; expected 'none' or 'sum'; got 'foo'"),
-    (dict(consensus="smu"), "consensus is not usable; expected 'none' or 'sum'; got 'smu'. Did you mean 'sum'?"),
+    (dict(keep=(3,)), "keep[0] is not usable; expected a rule of ops.keep or None; got 3"),
+    (dict(vote="foo"), "vote is not usable; expected 'none', 'weighted', 'plain' or 'count'; got 'foo'"),
+    (
+        dict(merge="smu"),
+        "merge is not usable; expected 'sum', 'max', 'largest', 'importance' or 'balance'; got 'smu'. "
+        "Did you mean 'sum'?",
+    ),
+    (dict(divisor="agreeing_count"), "divisor is not usable; expected a vote, for agreeing_count; got vote 'none'"),
     (
         dict(divisor="agreeing_weight"),
-        "divisor is not usable; expected 'none', 'value', 'agreeing_weights' or 'agreeing_count'; "
+        "divisor is not usable; expected 'none', 'value', 'agreeing_weights', 'agreeing_count' or 'kept_count'; "
         "got 'agreeing_weight'. Did you mean 'agreeing_weights'?",
     ),
     (dict(zero_vote=2), "zero_vote is not usable; expected an integer in [-1, 1]; got 2"),

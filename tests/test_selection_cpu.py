@@ -13,7 +13,7 @@ from mergekernels._backends import cpu
 from mergekernels._backends.reference.common import keys, tie_words
 from mergekernels._backends.reference.select import select_point
 from mergekernels._native import torch_dtype, view_of
-from mergekernels.ops.program import Keep
+from mergekernels.ops.keep import Keep
 from mergekernels.ops.selection import SAMPLE_BLOCK, Scope, Selection, localise
 from mergekernels.tensors import F32, F64, DType, Piece
 

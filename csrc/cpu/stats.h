@@ -26,6 +26,7 @@ class SweepStats {
   struct Interval {
     int stage;
     std::uint64_t lo, hi, tau;
+    int model;  // whose Philox stream orders the ties
   };
 
   SweepStats(std::vector<Interval> intervals, int order, std::int64_t capacity);

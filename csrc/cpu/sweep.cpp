@@ -65,7 +65,9 @@ void flush(SweepArgs* args, int m) {
     }
   } else {
     const bool hash = call.stats->order() == 0;
-    if (hash) call.kernels.philox(call.seed, call.tensor, philox_stream(m, kPurposeTie), g, n, worker.words.data());
+    if (hash)
+      call.kernels.philox(call.seed, call.tensor, philox_stream(call.stats->interval(m).model, kPurposeTie), g, n,
+                          worker.words.data());
     for (std::int64_t i = 0; i < n; ++i) {
       const auto index = static_cast<std::uint64_t>(g[i] + call.offset);
       const std::uint64_t ordinal = hash ? worker.words[static_cast<std::size_t>(i)] : index;

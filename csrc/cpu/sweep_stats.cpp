@@ -9,7 +9,7 @@ namespace mergekernels {
 
 namespace {
 
-constexpr char kMagic[] = "MKsweep1";
+constexpr char kMagic[] = "MKsweep2";
 
 }  // namespace
 
@@ -36,8 +36,9 @@ SweepStats::SweepStats(std::vector<Interval> intervals, int order, std::int64_t 
   for (std::size_t m = 0; m < intervals.size(); ++m) {
     const Interval& i = intervals[m];
     if (i.stage < kStageOut || i.stage > kStageTie || (i.stage != kStageOut && i.lo > i.hi) ||
-        (i.stage == kStageKey && i.lo == 0))
-      throw std::invalid_argument("an interval of a sweep needs a stage of 0, 1 or 2 and lo <= hi, for keys lo >= 1");
+        (i.stage == kStageKey && i.lo == 0) || i.model < 0 || i.model >= kMaxModels)
+      throw std::invalid_argument(
+          "an interval of a sweep needs a stage of 0, 1 or 2, lo <= hi, for keys lo >= 1, and a model from 0 to 63");
     models_[m].interval = i;
   }
 }
@@ -145,7 +146,7 @@ std::pair<std::uint32_t, std::int64_t> SweepStats::tie_point(int model, std::int
       if (next == offsets.begin()) throw std::invalid_argument("an entry lies before the first tensor of the scope");
       const std::size_t t = static_cast<std::size_t>(next - offsets.begin()) - 1;
       const std::uint64_t g = e.index - static_cast<std::uint64_t>(offsets[t]);
-      e.ordinal = philox_word(seed, tensor_ids[t], philox_stream(model, kPurposeTie), g);
+      e.ordinal = philox_word(seed, tensor_ids[t], philox_stream(interval.model, kPurposeTie), g);
     }
   }
   if (rank < 1 || rank > static_cast<std::int64_t>(entries.size()))
@@ -208,7 +209,7 @@ void SweepStats::merge(const SweepStats& other) {
   bool same = models_.size() == other.models_.size() && order_ == other.order_;
   for (std::size_t m = 0; same && m < models_.size(); ++m) {
     const Interval &a = models_[m].interval, &b = other.models_[m].interval;
-    same = a.stage == b.stage && a.lo == b.lo && a.hi == b.hi && a.tau == b.tau;
+    same = a.stage == b.stage && a.lo == b.lo && a.hi == b.hi && a.tau == b.tau && a.model == b.model;
   }
   if (!same) throw std::invalid_argument("statistics of different sweeps cannot be merged");
   for (std::size_t m = 0; m < models_.size(); ++m) {
@@ -237,6 +238,7 @@ std::string SweepStats::dump() const {
   for (const Model& m : models_) {
     w.put_signed(m.interval.stage);
     for (const std::uint64_t x : {m.interval.lo, m.interval.hi, m.interval.tau}) w.put(x);
+    w.put_signed(m.interval.model);
     w.put_signed(m.before);
     w.put_signed(m.inside);
     w.put(m.entries.size());
@@ -265,6 +267,7 @@ SweepStats* SweepStats::load(const std::string& data) {
     m.interval.lo = p.get();
     m.interval.hi = p.get();
     m.interval.tau = p.get();
+    m.interval.model = static_cast<int>(p.get_signed());
     m.before = p.get_signed();
     m.inside = p.get_signed();
     m.entries.resize(static_cast<std::size_t>(p.get_count(2)));

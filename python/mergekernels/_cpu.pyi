@@ -20,11 +20,19 @@ class SweepStats:
 
     capacity: int
     def __init__(
-        self, stages: list[int], lo: list[int], hi: list[int], tau: list[int], order: int, capacity: int
+        self,
+        stages: list[int],
+        lo: list[int],
+        hi: list[int],
+        tau: list[int],
+        order: int,
+        capacity: int,
+        models: list[int] | None = None,
     ) -> None:
-        """Per model: stage 0 = left out, 1 = key, 2 = tie.
+        """Per search: stage 0 = left out, 1 = key, 2 = tie; models: whose Philox stream orders its ties, by default its
+        position. "Model" below is the number of a search.
 
-        order: 0 = hash, 1 = index. capacity: entries kept per model.
+        order: 0 = hash, 1 = index. capacity: entries kept per search.
         """
 
     def before(self, model: int) -> int: ...
@@ -108,6 +116,27 @@ class StreamStats:
     @staticmethod
     def load(data: bytes) -> StreamStats: ...
 
+class BlockSums:
+    """Accumulator of exact sums: block sums per slot and segment. Thread safe as long as no two threads set the same
+    block. See ops.sums.
+    """
+
+    num_slots: int
+    num_segments: int
+    segment_length: int
+    blocks_per_segment: int
+    def __init__(self, num_slots: int, num_segments: int, segment_length: int) -> None: ...
+    def set(self, slot: int, segment: int, first_block: int, sums: Any) -> None:
+        """Block sums as a contiguous buffer of float64, which may run on into the segments that follow."""
+
+    def fold(self, slot: int) -> bytes:
+        """One float64 per segment: the tree over its blocks."""
+
+    def merge(self, other: BlockSums) -> None: ...
+    def dump(self) -> bytes: ...
+    @staticmethod
+    def load(data: bytes) -> BlockSums: ...
+
 def sweep(
     stats: SweepStats,
     piece: Box,
@@ -141,9 +170,9 @@ def stream(
     With norms (`stats` with blocks) a piece must be flat, begin at a multiple of 4096 and, but for the tensor's last
     block, hold whole blocks; ValueError otherwise. Results are rounded once.
 
-    program: (weights, keep, base, consensus, zero_vote, divisor, divisor_value, scale, copy, seed, tensor) with keep a
+    program: (weights, keep, base, vote, zero_vote, divisor, divisor_value, scale, copy, seed, tensor) with keep a
     list of None or
-    (tau, ties, word, index), ties 0 all, 1 none, 2 hash, 3 index; consensus 0 none, 1 sum; divisor 0 none, 1 value,
+    (tau, ties, word, index), ties 0 all, 1 none, 2 hash, 3 index; vote 0 none, 1 weighted; divisor 0 none, 1 value,
     2 agreeing_weights, 3 agreeing_count.
     """
 
@@ -160,6 +189,9 @@ def compare(
     where values are not interpreted, its index or -1, largest |a - b|, sum of (a - b)^2, sum of a^2); sums over
     canonical blocks. With norm False, equal bytes return at once and the last sum is 0.
     """
+
+def transcendental(name: str, x: float) -> float:
+    """exp, log, tanh or sigmoid as every backend computes it."""
 
 def block_tree(values: Any) -> float:
     """The binary tree over a contiguous buffer of float64 block sums."""

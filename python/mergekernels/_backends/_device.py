@@ -11,17 +11,21 @@ import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from .._native import to_torch, torch_dtype, view_of
 from ..errors import BackendError
 from ..tensors import BF16, F64, DType, Piece, TensorView
 
 if TYPE_CHECKING:
+    from array import array
+
     import torch
 
-    from .._cpu import StreamStats, SweepStats
-    from ..ops.program import Program, Sweep
+    from .._cpu import BlockSums, StreamStats, SweepStats
+    from ..ops.program import Program
+    from ..ops.sums import Gram, Reduce
+    from ..ops.sweeps import Sweep
     from .dispatch import Backend
 
 __all__ = [
@@ -140,6 +144,11 @@ class Placed:
     backend: Backend
     device: str
 
+    @property
+    def FEATURES(self) -> frozenset[str]:
+        """What the backend can do."""
+        return self.backend.FEATURES
+
     def why_not(self, op: str, views: Sequence[TensorView]) -> str | None:
         """Why the backend cannot serve these views once they are on the device."""
         views = views or [TensorView(0, (0,), (1,), BF16)]
@@ -183,6 +192,7 @@ class Placed:
         compute: DType,
         stats: StreamStats | None,
         threads: int,
+        marks: Sequence[TensorView | None] = (),
     ) -> None:
         """See ops.program.Program."""
         import torch
@@ -195,14 +205,97 @@ class Placed:
                 program,
                 piece,
                 self._load(base),
-                [v for m in models if (v := self._load(m)) is not None],
+                self._load_all(models),
                 None if result is None else view_of(result),
                 compute=compute,
                 stats=stats,
                 threads=threads,
+                marks=[self._load(v) for v in marks],
             )
             if out is not None and result is not None:
                 to_torch(out).copy_(result)
+
+    def mark(
+        self,
+        program: Program,
+        kind: Literal["kept", "agreeing", "useful"],
+        piece: Piece,
+        base: TensorView | None,
+        models: Sequence[TensorView],
+        marks: Sequence[TensorView],
+        *,
+        compute: DType,
+        threads: int,
+    ) -> None:
+        """See dispatch.Backend."""
+        import torch
+
+        with self._stream():
+            results = [torch.empty(v.shape, dtype=torch.uint8, device=self.device) for v in marks]
+            self.backend.mark(
+                program,
+                kind,
+                piece,
+                self._load(base),
+                self._load_all(models),
+                [view_of(x) for x in results],
+                compute=compute,
+                threads=threads,
+            )
+            for target, result in zip(marks, results, strict=True):
+                to_torch(target).copy_(result)
+
+    def gram(
+        self,
+        request: Gram,
+        sums: BlockSums,
+        piece: Piece,
+        base: TensorView | None,
+        models: Sequence[TensorView],
+        *,
+        compute: DType,
+        threads: int,
+    ) -> None:
+        """See ops.sums.Gram."""
+        with self._stream():
+            self.backend.gram(
+                request, sums, piece, self._load(base), self._load_all(models), compute=compute, threads=threads
+            )
+
+    def reduce(
+        self,
+        program: Program,
+        request: Reduce,
+        sums: BlockSums,
+        piece: Piece,
+        base: TensorView | None,
+        models: Sequence[TensorView],
+        *,
+        compute: DType,
+        threads: int,
+    ) -> None:
+        """See ops.sums.Reduce."""
+        with self._stream():
+            base, models = self._load(base), self._load_all(models)
+            self.backend.reduce(program, request, sums, piece, base, models, compute=compute, threads=threads)
+
+    def divergence(
+        self,
+        row_length: int,
+        piece: Piece,
+        base: TensorView,
+        model: TensorView,
+        *,
+        compute: DType,
+        threads: int,
+    ) -> array[float]:
+        """See dispatch.Backend."""
+        with self._stream():
+            base, model = self._load_all([base, model])
+            return self.backend.divergence(row_length, piece, base, model, compute=compute, threads=threads)
+
+    def _load_all(self, views: Sequence[TensorView]) -> list[TensorView]:
+        return [v for view in views if (v := self._load(view)) is not None]
 
     def _load(self, view: TensorView | None) -> TensorView | None:
         if view is None:

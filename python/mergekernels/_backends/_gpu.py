@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from .._native import to_torch
-from ..ops.program import NUM_BINS, Program, Sweep
+from ..ops.program import Program
+from ..ops.sweeps import NUM_BINS, Sweep
 from ..tensors import CANONICAL_BLOCK, DType, Piece, TensorView
 from ._device import Operands, operands
+from ._sweeps import per_search
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +99,7 @@ def sweep(
     """
     import torch
 
-    wanted = [None if i is None else v for i, v in zip(request.intervals, models, strict=True)]
+    wanted = per_search(request, models)
     if piece.numel == 0 or (base is None and all(v is None for v in wanted)):
         return
     inputs = operands(base, wanted, compute)

@@ -8,14 +8,20 @@ from collections.abc import Sequence
 from .. import _cpu
 from .._native import as_tuple
 from ..errors import BackendError
-from ..ops.program import Keep, Program, Sweep
+from ..ops.keep import Keep
+from ..ops.program import Program
+from ..ops.sweeps import Sweep
 from ..tensors import DType, Piece, TensorView
+from ._sweeps import per_search, points
 
-__all__ = ["stream", "sweep", "why_not"]
+__all__ = ["FEATURES", "stream", "sweep", "why_not"]
 
 _TIES = {"all": 0, "none": 1, "hash": 2, "index": 3}
-_CONSENSUS = {"none": 0, "sum": 1}
+_VOTE = {"none": 0, "weighted": 1}
 _DIVISOR = {"none": 0, "value": 1, "agreeing_weights": 2, "agreeing_count": 3}
+
+FEATURES: frozenset[str] = frozenset()
+"""See dispatch.Backend."""
 
 
 def why_not(op: str, views: Sequence[TensorView]) -> str | None:
@@ -66,7 +72,7 @@ def sweep(
         stats,
         (piece.g0, piece.rows, piece.cols, piece.ld),
         None if base is None else as_tuple(base),
-        [None if v is None else as_tuple(v) for v in models],
+        [None if v is None else as_tuple(v) for v in per_search(request, models)],
         compute.code,
         request.seed,
         tensor,
@@ -91,9 +97,9 @@ def stream(
     _cpu.stream(
         (
             list(program.weights),
-            [None if k is None else _keep(k) for k in program.keep],
+            [None if k is None else _keep(k) for k in points(program)],
             program.base,
-            _CONSENSUS[program.consensus],
+            _VOTE[program.vote],
             program.zero_vote,
             _DIVISOR[program.divisor],
             program.divisor_value,

@@ -13,23 +13,28 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BackendError
-from ..ops.program import Program, Sweep
+from ..ops.program import Program
+from ..ops.sweeps import Sweep
 from ..tensors import DType, Piece, TensorView
 from . import _gpu
 from ._device import Operands, no_gpu, same_device
+from ._sweeps import points
 
 if TYPE_CHECKING:
     import torch
 
     from .._cpu import StreamStats, SweepStats
 
-__all__ = ["launch_block_sums", "launch_stream", "launch_sweep", "stream", "sweep", "why_not"]
+__all__ = ["FEATURES", "launch_block_sums", "launch_stream", "launch_sweep", "stream", "sweep", "why_not"]
 
 _OPS = ("select", "sweep", "stream")
 _TIES = {"all": 0, "none": 1, "hash": 2, "index": 3}
-_CONSENSUS = {"none": 0, "sum": 1}
+_VOTE = {"none": 0, "weighted": 1}
 _DIVISOR = {"none": 0, "value": 1, "agreeing_weights": 2, "agreeing_count": 3}
 _STAGE = {"key": 1, "tie": 2}
+
+FEATURES: frozenset[str] = frozenset()
+"""See dispatch.Backend."""
 
 
 def why_not(op: str, views: Sequence[TensorView]) -> str | None:
@@ -201,12 +206,12 @@ def _queue(x: torch.Tensor) -> tuple[int, int]:
 
 def _program(program: Program, inputs: Operands) -> tuple[Any, ...]:
     num_models = len(inputs.models)
-    keep = program.keep or (None,) * num_models
+    keep = points(program) or [None] * num_models
     return (
         list(program.weights) or [1.0] * num_models,
         [None if k is None else (k.tau, _TIES[k.ties], k.word, k.index) for k in keep],
         inputs.base is not None,
-        _CONSENSUS[program.consensus],
+        _VOTE[program.vote],
         program.zero_vote,
         _DIVISOR[program.divisor],
         program.divisor_value,

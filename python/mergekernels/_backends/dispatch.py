@@ -9,16 +9,20 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from ..errors import ArgumentError, BackendError
 from ..tensors import DType, Piece, TensorView
 
 if TYPE_CHECKING:
-    from .._cpu import StreamStats, SweepStats
-    from ..ops.program import Program, Sweep
+    from array import array
 
-__all__ = ["NAMES", "Backend", "load", "pick", "requested", "use_backend"]
+    from .._cpu import BlockSums, StreamStats, SweepStats
+    from ..ops.program import Program
+    from ..ops.sums import Gram, Reduce
+    from ..ops.sweeps import Sweep
+
+__all__ = ["NAMES", "Backend", "load", "pick", "requested", "require", "use_backend"]
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 _ORDER = {"cuda": ("cuda", "triton"), "cpu": ("cpu", "reference")}
@@ -27,7 +31,14 @@ _log = logging.getLogger("mergekernels")
 
 
 class Backend(Protocol):
-    """What a backend module offers."""
+    """What a backend module offers.
+
+    FEATURES : what it can do beyond points and the weighted vote: `Program.features`, keys of `Sweep` ("key:variance"),
+    and the functions "gram", "reduce", "divergence", "mark".
+    """
+
+    @property
+    def FEATURES(self) -> frozenset[str]: ...
 
     def why_not(self, op: str, views: Sequence[TensorView]) -> str | None:
         """Why it cannot serve these views, None if it can."""
@@ -60,8 +71,76 @@ class Backend(Protocol):
         compute: DType,
         stats: StreamStats | None,
         threads: int,
+        marks: Sequence[TensorView | None] = (),
     ) -> None:
-        """See ops.program.Program."""
+        """See ops.program.Program. marks : packed bits of this piece for each model whose rule is `Marked`."""
+        ...
+
+    def mark(
+        self,
+        program: Program,
+        kind: Literal["kept", "agreeing", "useful"],
+        piece: Piece,
+        base: TensorView | None,
+        models: Sequence[TensorView],
+        marks: Sequence[TensorView],
+        *,
+        compute: DType,
+        threads: int,
+    ) -> None:
+        """Write one packed bit per element and model: whether the program keeps it (before `joint` too, zeros
+        included), the model agrees, or `Useful` counts it. Pieces are flat and begin at a multiple of 8.
+        """
+        ...
+
+    def gram(
+        self,
+        request: Gram,
+        sums: BlockSums,
+        piece: Piece,
+        base: TensorView | None,
+        models: Sequence[TensorView],
+        *,
+        compute: DType,
+        threads: int,
+    ) -> None:
+        """See ops.sums.Gram. Axis "tensor": flat pieces of whole canonical blocks. "rows": boxes of whole rows, or of
+        columns that begin at a multiple of 4096 and end there or with the row. "columns": boxes of rows that begin at a
+        multiple of 4096 and end there or with the tensor, any columns.
+        """
+        ...
+
+    def reduce(
+        self,
+        program: Program,
+        request: Reduce,
+        sums: BlockSums,
+        piece: Piece,
+        base: TensorView | None,
+        models: Sequence[TensorView],
+        *,
+        compute: DType,
+        threads: int,
+    ) -> None:
+        """See ops.sums.Reduce. Flat pieces of whole canonical blocks and of whole slabs of the program."""
+        ...
+
+    def divergence(
+        self,
+        row_length: int,
+        piece: Piece,
+        base: TensorView,
+        model: TensorView,
+        *,
+        compute: DType,
+        threads: int,
+    ) -> array[float]:
+        """For each row of a flat piece of whole rows, the divergence of the model's softmax from the base's.
+
+        With C the compute dtype, exp and log those of `common/transcendental.h`, per row and for x the model's and the
+        base's values: e = C(exp(x - max x)), Z = C(sum of e), p = C(C(e / Z) + C(1e-8)), q likewise for the base; the
+        terms are C(p * C(log(C(p / q)))), and the result is their sum, 0 where it is negative. Sums are T1, in float64.
+        """
         ...
 
 
@@ -124,6 +203,24 @@ def pick(op: str, views: Sequence[TensorView], request: str | None = None, devic
         code="backend.none",
         got="; ".join(reasons) or "no backend for this kind of device",
     )
+
+
+def require(backend: Backend, needs: frozenset[str]) -> None:
+    """Refuse a pass that a backend cannot run.
+
+    Raises
+    ------
+    BackendError : naming what it lacks.
+    """
+    missing = needs - backend.FEATURES
+    if missing:
+        name = getattr(backend, "__name__", type(backend).__name__).rpartition(".")[2]
+        raise BackendError(
+            f"backend '{name}' cannot run this pass",
+            code="backend.feature",
+            got="it lacks " + ", ".join(sorted(missing)),
+            hint="Ask for another backend, or for auto.",
+        )
 
 
 @contextmanager

@@ -16,25 +16,30 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .._native import torch_dtype
-from ..ops.program import Program, Sweep, bin_shift
+from ..ops.program import Program
+from ..ops.sweeps import Sweep, bin_shift
 from ..tensors import BF16, DType, Piece, TensorView
 from . import _gpu
 from ._device import Operands, guard, is_flat, no_gpu, same_device, split_tau
+from ._sweeps import points
 
 if TYPE_CHECKING:
     import torch
 
     from .._cpu import StreamStats, SweepStats
 
-__all__ = ["launch_block_sums", "launch_stream", "launch_sweep", "stream", "sweep", "why_not"]
+__all__ = ["FEATURES", "launch_block_sums", "launch_stream", "launch_sweep", "stream", "sweep", "why_not"]
 
 _OPS = ("select", "sweep", "stream")
-_CONSENSUS = {"none": 0, "sum": 1}
+_VOTE = {"none": 0, "weighted": 1}
 _DIVISOR = {"none": 0, "value": 1, "agreeing_weights": 2, "agreeing_count": 3}
 _STAGE = {"key": 1, "tie": 2}
 
 # The interpreter swaps functions of the language while it runs, and compilation fills caches: one launch at a time.
 _lock = threading.Lock()
+
+FEATURES: frozenset[str] = frozenset()
+"""See dispatch.Backend."""
 
 
 def why_not(op: str, views: Sequence[TensorView]) -> str | None:
@@ -153,7 +158,7 @@ def launch_stream(
 
     num_models = len(inputs.models)
     tables = _stream_tables(program, inputs, piece, compute)
-    ties = {k.ties for k in program.keep if k is not None}
+    ties = {k.ties for k in points(program) if k is not None}
     constants = {
         **_shared(program, inputs, compute),
         "NUM_MODELS": num_models,
@@ -161,7 +166,7 @@ def launch_stream(
         "HAS_OUT": out is not None,
         "TRIM": any(k is not None for k in program.keep),
         "TIES": 2 if "hash" in ties else 1 if "index" in ties else 0,
-        "CONSENSUS": _CONSENSUS[program.consensus],
+        "CONSENSUS": _VOTE[program.vote],
         "ZERO_VOTE": program.zero_vote,
         "DIVISOR": _DIVISOR[program.divisor],
         "RAW": raw,
@@ -211,7 +216,7 @@ def _coefficients(program: Program, inputs: Operands, compute: DType) -> torch.T
 
 def _stream_tables(program: Program, inputs: Operands, piece: Piece, compute: DType) -> torch.Tensor:
     rows = []
-    for x, keep in zip(inputs.models, program.keep or (None,) * len(inputs.models), strict=True):
+    for x, keep in zip(inputs.models, points(program) or [None] * len(inputs.models), strict=True):
         assert x is not None
         point = [-1, 0, 0, 0]
         if keep is not None:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ..errors import ArgumentError
 from ..ops.arguments import check_range, in_compute
 from ..ops.program import Program
 from ..tensors import F32, F64, DType
-from .protocol import Coeffs, MethodInfo, Param, Round, Spec
-
-if TYPE_CHECKING:
-    from .._cpu import StreamStats, SweepStats
+from .protocol import Coeffs, MethodInfo, Param, Round, Spec, Stats
 
 __all__ = [
     "INT8_MASK",
@@ -51,7 +48,7 @@ class Direct(ABC):
         self.apply(spec, Coeffs())
         return Coeffs()
 
-    def resolve(self, spec: Spec, round_: Round, stats: SweepStats | StreamStats, visited: int) -> Round | Coeffs:
+    def resolve(self, spec: Spec, round_: Round, stats: Stats, visited: int) -> Round | Coeffs:
         """Never called: there are no rounds."""
         return Coeffs()
 

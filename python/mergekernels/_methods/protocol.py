@@ -17,14 +17,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from ..ops.program import Keep, Program
+from ..ops.keep import Keep
+from ..ops.program import Program
 from ..ops.selection import Scope, Selection
+from ..ops.sums import Gram, Reduce, Sums
 from ..tensors import DType
 
 if TYPE_CHECKING:
     from .._cpu import StreamStats, SweepStats
 
-__all__ = ["REQUIRED", "Coeffs", "Method", "MethodInfo", "Param", "Round", "Spec"]
+__all__ = ["REQUIRED", "Coeffs", "Method", "MethodInfo", "Param", "Round", "Spec", "Stats"]
 
 
 class _Required:
@@ -68,7 +70,10 @@ class Param:
 class MethodInfo:
     """The description of a method; `mergekernels methods NAME` prints it.
 
-    base : "required"; "optional"; "input" (a base, if listed, is one more input and never subtracted).
+    base : "required"; "optional"; "input" (a base, if listed, is one more input and never subtracted); "first" (a base
+    is required and becomes the first input; nothing is subtracted).
+    companions : name of the parameter that names, for each model, a second model of weights for its entries ("" for
+    none). modifiable : its result is base plus a task vector, which modifiers (`then:`) may scale.
     min_models, max_models : number of non-base models (of inputs for base = "input").
     tier : exactness, "T0" or "T1".
     """
@@ -77,7 +82,7 @@ class MethodInfo:
     purpose: str
     formula: str
     params: tuple[Param, ...]
-    base: Literal["required", "optional", "input"]
+    base: Literal["required", "optional", "input", "first"]
     passes: str
     source: str
     min_models: int = 1
@@ -85,6 +90,8 @@ class MethodInfo:
     dialects: Mapping[str, str] = field(default_factory=lambda: {"default": "mergekit 0.1.5's rules in float32"})
     deviations: tuple[str, ...] = ()
     tier: str = "T0"
+    companions: str = ""
+    modifiable: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,8 @@ class Spec:
     params : recipe name -> value, every parameter present; per-model parameters are tuples of num_models values.
     n : elements of the tensor. offset : scope index of its first element (0 in tensor scope).
     scope : the tensors of the model scope; in tensor scope the tensor alone.
-    compute : F32 or F64. name : the output tensor's name. tensor : its 32-bit id.
+    compute : F32 or F64. name : the output tensor's name. tensor : its 32-bit id. shape : of the tensor.
+    block : (number of its layer block, number of blocks), None outside the blocks.
     """
 
     num_models: int
@@ -109,14 +117,26 @@ class Spec:
     seed: int = 0
     offset: int = 0
     nan: Literal["error", "propagate"] = "error"
+    shape: tuple[int, ...] = ()
+    block: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class Coeffs:
-    """What a method has resolved: points of the selection (scope coordinates), and the sign for a zero vote."""
+    """What a method has resolved: points of the selection (scope coordinates), and the sign for a zero vote.
+
+    Methods that resolve something else have a subclass with their own fields.
+    """
 
     points: tuple[Keep | None, ...] = ()
     zero_vote: int = 1
+
+
+if TYPE_CHECKING:
+    Stats = SweepStats | StreamStats | Sums
+else:
+    Stats = object
+"""What a round yields: SweepStats for "select", StreamStats for "votes", Sums for the others."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +145,19 @@ class Round:
 
     op "select": run `selection.sweep` and hand over its SweepStats.
     op "votes": run `method.apply(spec, coeffs)` without output and hand over its StreamStats.
+    op "reduce": the sums `reduce` of that program; Sums, one entry per tensor of the scope.
+    op "gram": the dot products `gram`; Sums, likewise.
+    op "divergence": the divergence of each row of `row_length` elements (scope tensor, one model and a base); Sums with
+    one slot and one number per row.
     """
 
-    op: Literal["select", "votes"]
+    op: Literal["select", "votes", "reduce", "gram", "divergence"]
     scope: Literal["tensor", "model"]
     selection: Selection | None = None
     coeffs: Coeffs | None = None
+    reduce: Reduce | None = None
+    gram: Gram | None = None
+    row_length: int = 0
 
 
 class Method(Protocol):
@@ -153,7 +180,7 @@ class Method(Protocol):
         """The first round, or the coefficients if no data is needed."""
         ...
 
-    def resolve(self, spec: Spec, round_: Round, stats: SweepStats | StreamStats, visited: int) -> Round | Coeffs:
+    def resolve(self, spec: Spec, round_: Round, stats: Stats, visited: int) -> Round | Coeffs:
         """The next round, or the coefficients, after the statistics of `round_`.
 
         visited : elements of the scope that the round looked at; fewer than all of them if it was a sample.

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from ..ops.program import KEEP_NOTHING, Keep, Program
+from ..ops.keep import KEEP_NOTHING, Keep
+from ..ops.program import Program
 from ..ops.selection import Scope, Selection, localise
 from .common import INT8_MASK, LAMBDA, check_factors, weight
-from .protocol import Coeffs, MethodInfo, Param, Round, Spec
+from .protocol import Coeffs, MethodInfo, Param, Round, Spec, Stats
 
 if TYPE_CHECKING:
     from .._cpu import StreamStats, SweepStats
@@ -123,7 +124,7 @@ class Ties:
         )
         return Round("select", scope, selection=selection, coeffs=coeffs)
 
-    def resolve(self, spec: Spec, round_: Round, stats: SweepStats | StreamStats, visited: int) -> Round | Coeffs:
+    def resolve(self, spec: Spec, round_: Round, stats: Stats, visited: int) -> Round | Coeffs:
         """One more sweep, or the majority vote, or the coefficients."""
         assert round_.coeffs is not None
         if round_.op == "votes":
@@ -145,7 +146,7 @@ class Ties:
         return Program(
             weights=(1.0,) * spec.num_models if paper else spec.params["weight"],
             keep=tuple(localise(p, spec.offset, spec.n) for p in coeffs.points),
-            consensus="sum",
+            vote="weighted",
             zero_vote=coeffs.zero_vote,
             divisor=("agreeing_count" if paper else "agreeing_weights") if normalize else "none",
             scale=spec.params["lambda"],

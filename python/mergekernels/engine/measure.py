@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 from .._cpu import StreamStats, SweepStats
 from .._methods.protocol import Method, Round, Spec
-from ..ops.program import Program, Sweep
+from ..ops.program import Program
 from ..ops.select import new_stats
 from ..ops.selection import SAMPLE_BLOCK
+from ..ops.sweeps import Sweep
 from ..tensors import Piece
 from .context import Context, OpenTensor, Worker
 from .memory import ENTRY_BYTES, MIN_ENTRIES
@@ -84,7 +85,8 @@ class Measure:
     def _sweep(self, worker: Worker, index: int) -> None:
         sweep, source = self.sweep, self.source
         assert sweep is not None and isinstance(self.stats, SweepStats)
-        wanted = [m for m, interval in enumerate(sweep.intervals) if interval is not None]
+        searched = {interval.model for interval in sweep.intervals if interval is not None}
+        wanted = [m for m in range(source.num_models) if m in searched or sweep.joint]
         if source.has_base and sweep.base:
             wanted.append(source.num_models)
         if self.starts:

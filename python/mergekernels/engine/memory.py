@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ArgumentError
-from ..ops.program import NUM_BINS
+from ..ops.sweeps import NUM_BINS
 from ..tensors import CANONICAL_BLOCK
 
 __all__ = [

@@ -1,6 +1,7 @@
 """Public tensor functions. Each checks its arguments, picks a backend and calls it; none knows a file or a method."""
 
-from .program import Keep, Program
+from .keep import Keep
+from .program import Program
 from .select import select
 from .stream import stream
 

@@ -12,8 +12,9 @@ from ..errors import ArgumentError
 from ..tensors import Piece, TensorView
 from .arguments import check_choice, check_integer
 from .inputs import Inputs, gather, num_threads
-from .program import Keep, Sweep
+from .keep import Keep
 from .selection import SAMPLE_BLOCK, Scope, Selection
+from .sweeps import Sweep
 
 if TYPE_CHECKING:
     from .._cpu import SweepStats
@@ -33,6 +34,7 @@ def new_stats(sweep: Sweep, capacity: int) -> SweepStats:
         [0 if i is None else i.tau for i in intervals],
         1 if sweep.order == "index" else 0,
         capacity,
+        [0 if i is None else i.model for i in intervals],
     )
 
 
@@ -57,7 +59,8 @@ def run_sweep(
             if selection.sample < 1.0:
                 piece, base, models = _sample(piece, base, models, selection.sample)
             visited += piece.numel
-            wanted = [v if i is not None else None for v, i in zip(models, sweep.intervals, strict=True)]
+            searched = {i.model for i in sweep.intervals if i is not None}
+            wanted = [v if m in searched or sweep.joint else None for m, v in enumerate(models)]
             backend.sweep(
                 sweep,
                 stats,
@@ -69,8 +72,9 @@ def run_sweep(
                 offset=offset,
                 threads=threads,
             )
-    if nan == "error" and visited == n:  # a sample does not know the places of its elements
-        _refuse_nonfinite(stats, selection.scope, tensors, len(sweep.intervals))
+    # A sample does not know the places of its elements; of a joint key it is not known whose value is not finite.
+    if nan == "error" and visited == n and not sweep.joint:
+        _refuse_nonfinite(stats, selection, tensors)
     return stats, visited
 
 
@@ -108,12 +112,13 @@ def _strided(view: TensorView, blocks: int, stride: int) -> Any:
     return view.owner.as_strided((blocks, SAMPLE_BLOCK), (stride, 1))
 
 
-def _refuse_nonfinite(stats: SweepStats, scope: Scope, tensors: Sequence[Inputs], num_models: int) -> None:
-    for source in range(num_models + 1):
-        first, count = stats.nonfinite(source)
+def _refuse_nonfinite(stats: SweepStats, selection: Selection, tensors: Sequence[Inputs]) -> None:
+    for number, search in enumerate((*selection.searches, None)):
+        first, count = stats.nonfinite(number)
         if first >= 0:
-            label = "the base" if source == num_models else f"model {source}"
-            raise nonfinite(label, first, count, scope, [t.name for t in tensors])
+            base = number == len(selection.searches)
+            label = "the base" if base or search is None else f"model {search.model}"
+            raise nonfinite(label, first, count, selection.scope, [t.name for t in tensors])
 
 
 def select(

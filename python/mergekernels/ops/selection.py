@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from math import ceil, floor, sqrt
 from typing import TYPE_CHECKING, Literal
 
-from .program import MAX_KEY, Interval, Keep, Sweep, bin_shift
+from .keep import MAX_KEY, Keep
+from .program import Balance, Table
+from .sweeps import Interval, Sweep, bin_shift
 
 if TYPE_CHECKING:
     from .._cpu import SweepStats
@@ -43,7 +45,7 @@ class Scope:
 
 @dataclass(frozen=True)
 class Search:
-    """What is known about one model's point. rank counts from 1 within the current stage."""
+    """What is known about one point. model : whose entries are ranked. rank counts from 1 within the current stage."""
 
     k: int
     stage: Literal["key", "tie", "done"]
@@ -52,14 +54,16 @@ class Search:
     rank: int
     tau: int = 0
     keep: Keep | None = None
+    model: int = 0
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The state of a selection over all models between two sweeps. Immutable; `advance` gives the next state.
+    """The state of a selection between two sweeps. Immutable; `advance` gives the next state.
 
-    searches : one per model, None for a model that is not trimmed (or trimmed to nothing, which needs no data).
+    searches : the points that are looked for, several for one model if need be; None for one that needs no data.
     policy : "hash", "index" or "all". sample : fraction of the elements that the next sweep visits, 1.0 for all.
+    key, rows, balance : what is ranked, see `Sweep`.
     """
 
     searches: tuple[Search | None, ...]
@@ -68,6 +72,9 @@ class Selection:
     seed: int
     base: bool
     sample: float = 1.0
+    key: Literal["delta", "variance", "importance", "balance"] = "delta"
+    rows: Table | None = None
+    balance: tuple[Balance, ...] = ()
 
     @staticmethod
     def start(
@@ -78,18 +85,42 @@ class Selection:
         seed: int,
         base: bool,
     ) -> Selection:
-        """Begin the selection of the ks[t] largest |delta| of each model t (1 <= k < n), None leaves a model alone."""
+        """Begin the selection of the ks[t] largest |delta| of each model t (1 <= k <= n), None leaves a model alone."""
+        ranks = tuple(None if k is None else (m, k) for m, k in enumerate(ks))
+        return Selection.of(ranks, scope, policy=policy, seed=seed, base=base)
+
+    @staticmethod
+    def of(
+        ranks: tuple[tuple[int, int] | None, ...],
+        scope: Scope,
+        *,
+        policy: Literal["hash", "index", "all"],
+        seed: int,
+        base: bool,
+        key: Literal["delta", "variance", "importance", "balance"] = "delta",
+        rows: Table | None = None,
+        balance: tuple[Balance, ...] = (),
+    ) -> Selection:
+        """Begin the search of several points: (model, k) for the k largest keys of a model, 1 <= k <= n."""
         hi = MAX_KEY[scope.compute]
         # A larger sample narrows the interval by its square root only; beyond these sizes it costs more than it saves.
         size = max(min(max(scope.n // 64, _MIN_SAMPLE), _MAX_SAMPLE), scope.n // 512)
         sample = 1.0 if scope.n <= _SMALL else size / scope.n
         return Selection(
-            tuple(None if k is None else Search(k, "key", 1, hi, k) for k in ks), policy, scope, seed, base, sample
+            tuple(None if r is None else Search(r[1], "key", 1, hi, r[1], model=r[0]) for r in ranks),
+            policy,
+            scope,
+            seed,
+            base,
+            sample,
+            key,
+            rows,
+            balance,
         )
 
     @property
     def done(self) -> bool:
-        """True when every model has its point."""
+        """True when every point is known."""
         return all(s is None or s.stage == "done" for s in self.searches)
 
     @property
@@ -101,9 +132,11 @@ class Selection:
     def sweep(self) -> Sweep:
         """The pass to run next."""
         intervals = tuple(
-            None if s is None or s.stage == "done" else Interval(s.stage, s.lo, s.hi, s.tau) for s in self.searches
+            None if s is None or s.stage == "done" else Interval(s.stage, s.lo, s.hi, s.tau, s.model)
+            for s in self.searches
         )
-        return Sweep(intervals, "index" if self.policy == "index" else "hash", self.base, self.seed)
+        order: Literal["hash", "index"] = "index" if self.policy == "index" else "hash"
+        return Sweep(intervals, order, self.base, self.seed, self.key, self.rows, self.balance)
 
     def advance(self, stats: SweepStats, visited: int) -> Selection:
         """The state after the pass `self.sweep`; `visited` is the number of elements it saw (fewer than n in a

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from .. import _cpu
-from .._backends.dispatch import Backend, pick, requested
+from .._backends.dispatch import Backend, pick, requested, require
 from .._checks import check_out, nonfinite
 from .._native import torch_dtype, view_of
 from ..errors import ArgumentError
@@ -40,6 +40,7 @@ def run_program(
     ------
     DataError : with nan="error", NaN or Inf in an input, or overflow in the output.
     """
+    require(backend, program.features)
     if stats is None and nan == "error":
         stats = _cpu.StreamStats(inputs.num_models, 0)
     for shard, piece in enumerate(inputs.pieces):

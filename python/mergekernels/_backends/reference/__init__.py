@@ -8,7 +8,10 @@ from ...tensors import TensorView
 from .select import sweep
 from .stream import stream
 
-__all__ = ["stream", "sweep", "why_not"]
+__all__ = ["FEATURES", "stream", "sweep", "why_not"]
+
+FEATURES: frozenset[str] = frozenset()
+"""See dispatch.Backend."""
 
 
 def why_not(op: str, views: Sequence[TensorView]) -> str | None:

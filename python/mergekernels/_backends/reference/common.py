@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..._native import to_torch, torch_dtype
-from ...ops.program import MAX_KEY
+from ...ops.keep import MAX_KEY
 from ...tensors import DType, Piece, TensorView
 
 _M = (0xD2511F53, 0xCD9E8D57)

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...ops.program import Keep, Sweep
+from ...ops.keep import Keep
+from ...ops.sweeps import Sweep
 from ...tensors import DType, Piece, TensorView
+from .._sweeps import per_search
 from .common import delta, flat_index, keys, load, tie_words
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ def sweep(
 ) -> None:
     """See ops.program.Sweep. `threads` has no effect."""
     x0 = None if base is None else load(base, compute)
-    for m, (interval, view) in enumerate(zip(request.intervals, models, strict=True)):
+    for m, (interval, view) in enumerate(zip(request.intervals, per_search(request, models), strict=True)):
         if interval is None or view is None:
             continue
         x = load(view, compute)
@@ -60,12 +62,12 @@ def sweep(
             before = key > interval.hi
         else:
             member = key == interval.tau
-            ordinal = g + offset if request.order == "index" else tie_words(request.seed, tensor, m, g)
+            ordinal = g + offset if request.order == "index" else tie_words(request.seed, tensor, interval.model, g)
             before = member & (ordinal < interval.lo)
         inside = member & (ordinal >= interval.lo) & (ordinal <= interval.hi)
         stats.add(m, int(before.sum()), _buffer(ordinal[inside]), _buffer(g[inside] + offset))
     if x0 is not None:
-        _report_nonfinite(stats, len(models), x0, flat_index(piece, x0.device) + offset)
+        _report_nonfinite(stats, len(request.intervals), x0, flat_index(piece, x0.device) + offset)
 
 
 def _report_nonfinite(stats: SweepStats, source: int, x: torch.Tensor, index: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..._native import to_torch, torch_dtype
+from ...ops.keep import Keep
 from ...ops.program import Program
 from ...tensors import CANONICAL_BLOCK, DType, Piece, TensorView
 from .common import delta, flat_index, keys, load, tie_words, to_dtype
@@ -79,7 +80,7 @@ def stream(
 
 def _trim(d: torch.Tensor, model: int, program: Program, g: torch.Tensor) -> torch.Tensor:
     keep = program.keep[model]
-    if keep is None:
+    if not isinstance(keep, Keep):
         return d
     key = keys(d)
     limit = min(keep.tau, 2**63 - 1)
@@ -99,7 +100,7 @@ def _combine(
 ) -> torch.Tensor:
     zero = torch.zeros_like(total)
     num, div, count = total, zero, zero
-    if program.consensus == "sum":
+    if program.vote == "weighted":
         # A zero vote takes the sign of the program; an elected 0 agrees with nobody.
         sign = torch.where(total > 0, 1, torch.where(total < 0, -1, program.zero_vote))
         num = zero
