@@ -6,17 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import _cpu
-from ._backends.dispatch import Backend, pick, requested
+from ._backends.dispatch import pick, requested
 from ._checks import check_out
 from ._methods import get
 from ._methods.arguments import bind
-from ._methods.protocol import Coeffs, Method, Round, Spec
+from ._methods.protocol import Coeffs, Method, Spec
 from ._native import torch_dtype
+from ._rounds import resolve_scope
 from .errors import ArgumentError
 from .ops.inputs import Inputs, gather, num_threads
 from .ops.output import check_out_dtype
-from .ops.select import run_sweep
 from .ops.selection import Scope
 from .ops.stream import run_program
 from .tensors import F64, promote
@@ -24,7 +23,7 @@ from .tensors import F64, promote
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Call", "merge", "merge_one", "resolve_scope"]
+__all__ = ["Call", "merge", "merge_one"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class Call:
     backend: str | None
     threads: int
     shard_dim: int
+    companions: tuple[Any, ...] = ()
 
     @staticmethod
     def of(
@@ -66,16 +66,47 @@ class Call:
         given = dict(arguments)
         if weights is not None:
             given["weights"] = weights
+        chosen = get(method)
+        companions = _companions(chosen, given)
         given = {name: _plain(value) for name, value in given.items()}
-        return Call(get(method), given, dialect, nan, seed, requested(backend), num_threads(threads), shard_dim)
+        return Call(chosen, given, dialect, nan, seed, requested(backend), num_threads(threads), shard_dim, companions)
+
+    def inputs(self, models: Any, base: Any, companions: Sequence[Any], name: str) -> Inputs:
+        """The inputs of one tensor in the method's order: a base that is an input goes first, companions last.
+
+        Raises
+        ------
+        ArgumentError : they do not fit together, or there are too few or too many of them.
+        """
+        info = self.method.info
+        if isinstance(models, (list, tuple)):
+            self.check_arity(len(models), base is not None, name)
+            if info.companions and len(models) != len(companions):
+                raise ArgumentError(
+                    f"{info.name}: '{info.companions}' has the wrong number of values",
+                    code="parameter.count",
+                    tensor=name or None,
+                    expected=f"{len(models)}, one per model",
+                    got=str(len(companions)),
+                )
+            labels = [f"model {i}" for i in range(len(models))]
+            if info.base == "first":
+                models, base, labels = [base, *models], None, ["the base", *labels]
+            models = [*models, *companions]
+            labels += [f"{info.companions} {i}" for i in range(len(companions))]
+            return gather(models, base, name, self.shard_dim, labels if len(labels) == len(models) else ())
+        return gather(models, base, name, self.shard_dim)
 
     def spec(self, inputs: Inputs) -> Spec:
         """The method's view of one tensor that is its own scope."""
-        self.check_arity(inputs.num_models, inputs.has_base, inputs.name)
-        params = bind(self.method, self.arguments, inputs.num_models, self.dialect, self.nan, inputs.name)
+        info = self.method.info
+        num_models = inputs.num_models // 2 if info.companions else inputs.num_models
+        if info.base != "first":
+            self.check_arity(num_models, inputs.has_base, inputs.name)
+        params = bind(self.method, self.arguments, num_models, self.dialect, self.nan, inputs.name)
         scope = Scope((0,), (inputs.tensor,), inputs.n, "F64" if inputs.compute is F64 else "F32")
         return Spec(
-            num_models=inputs.num_models,
+            num_models=num_models,
             has_base=inputs.has_base,
             params=params,
             n=inputs.n,
@@ -86,12 +117,13 @@ class Call:
             tensor=inputs.tensor,
             seed=self.seed,
             nan=self.nan,
+            shape=inputs.shape,
         )
 
     def check_arity(self, num_models: int, has_base: bool, name: str = "") -> None:
         """Refuse a number of models, or a base, that the method does not take."""
         info = self.method.info
-        if info.base == "required" and not has_base:
+        if info.base in ("required", "first") and not has_base:
             raise ArgumentError(
                 f"{info.name} needs a base", code="base.missing", tensor=name, expected="base=...", got="None"
             )
@@ -113,6 +145,22 @@ class Call:
             )
 
 
+def _companions(method: Method, given: dict[str, Any]) -> tuple[Any, ...]:
+    """The tensors that accompany the models, taken out of the arguments."""
+    name = method.info.companions
+    if not name:
+        return ()
+    values = given.pop(name, None)
+    if not isinstance(values, (list, tuple)):
+        raise ArgumentError(
+            f"{method.info.name} needs '{name}'",
+            code="parameter.missing" if values is None else "parameter.value",
+            expected="a list with one tensor (or state dict) per model",
+            got="nothing" if values is None else type(values).__name__,
+        )
+    return tuple(values)
+
+
 def _plain(value: Any) -> Any:
     """Numbers and lists out of arrays, array scalars and small tensors; anything else as it is."""
     if hasattr(value, "tolist"):
@@ -122,24 +170,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def resolve_scope(call: Call, specs: Sequence[Spec], tensors: Sequence[Inputs], backend: Backend) -> Coeffs:
-    """Run the rounds of one scope: all its tensors, in scope order. The specs differ only in their tensor."""
-    state = call.method.start(specs[0])
-    while isinstance(state, Round):
-        if state.op == "select":
-            assert state.selection is not None
-            stats, visited = run_sweep(state.selection, tensors, backend, call.threads, call.nan)
-            state = call.method.resolve(specs[0], state, stats, visited)
-            continue
-        assert state.coeffs is not None
-        votes = _cpu.StreamStats(specs[0].num_models, 0)
-        for spec, inputs in zip(specs, tensors, strict=True):
-            program = call.method.apply(spec, state.coeffs)
-            run_program(program, inputs, None, backend, call.threads, "propagate", votes)
-        state = call.method.resolve(specs[0], state, votes, specs[0].scope.n)
-    return state
-
-
 def merge_one(
     call: Call, spec: Spec, inputs: Inputs, coeffs: Coeffs | None, out_dtype: torch.dtype | None, out: Any = None
 ) -> Any:
@@ -147,7 +177,7 @@ def merge_one(
 
     _, backend = pick("stream", inputs.all_views, call.backend)
     if coeffs is None:
-        coeffs = resolve_scope(call, [spec], [inputs], backend)
+        coeffs = resolve_scope(call.method, [spec], [inputs], backend, call.threads, call.nan)
     dtype = out_dtype or torch_dtype(promote([v.dtype for v in inputs.all_views]))
     check_out_dtype(dtype, inputs.name)
     outs = _outputs(inputs, dtype, out)
@@ -226,5 +256,5 @@ def merge(
     ArgumentError, BackendError, DataError : before anything is computed, except for what only the data can show.
     """
     call = Call.of(method, params, weights, dialect, nan, seed, backend, threads, shard_dim)
-    inputs = gather(tensors, base, name, shard_dim)
+    inputs = call.inputs(tensors, base, call.companions, name)
     return merge_one(call, call.spec(inputs), inputs, None, out_dtype, out)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ._backends.dispatch import Backend, pick
 from ._checks import refuse_unequal
 from ._methods.arguments import bind
 from ._methods.protocol import Coeffs, Spec
+from ._rounds import resolve_scope
 from .errors import ArgumentError, DataError, InputError
-from .merging import Call, merge_one, resolve_scope
-from .ops.inputs import Inputs, gather
+from .merging import Call, merge_one
+from .ops.inputs import Inputs
 from .ops.selection import Scope
 from .tensors import F32, F64, DType
 
@@ -70,20 +71,21 @@ def merge_state_dicts(
         if not (hasattr(m, "keys") and hasattr(m, "__getitem__")):
             raise ArgumentError(f"state dict {i} is not a mapping", code="models.type", got=type(m).__name__)
     call.check_arity(len(models), base is not None)
-    _same_names(everything, base is not None)
+    companions = _companions(call, len(models))
+    _same_names([*everything, *companions], base is not None)
     order = list(everything[0].keys())
+    sources = _Sources(models, base, companions)
     bound = bind(call.method, call.arguments, len(models), dialect, nan)
     scope: tuple[dict[str, Spec], Coeffs] | None = None
     if call.method.scope(bound, dialect) == "model":
-        scope = _resolve_model(call, models, base, order)
+        scope = _resolve_model(call, sources, order)
     result: dict[str, Any] = {}
     for name in order:
-        values = [m[name] for m in models]
-        base_value = None if base is None else base[name]
-        if not _is_float(values if base is None else [base_value, *values], name):
-            result[name] = _integer(values, base_value, name)
+        found = sources.read(name)
+        if not found.is_float:
+            result[name] = _integer(found.models, found.base, name)
             continue
-        inputs = gather(values, base_value, name, shard_dim)
+        inputs = found.inputs(call)
         if scope is None:
             result[name] = merge_one(call, call.spec(inputs), inputs, None, out_dtype)
         else:
@@ -92,18 +94,64 @@ def merge_state_dicts(
     return result
 
 
-def _resolve_model(
-    call: Call, models: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None, order: Sequence[str]
-) -> tuple[dict[str, Spec], Coeffs]:
+def _companions(call: Call, num_models: int) -> list[Mapping[str, Any]]:
+    """The state dicts that accompany the models."""
+    name = call.method.info.companions
+    for i, m in enumerate(call.companions):
+        if not (hasattr(m, "keys") and hasattr(m, "__getitem__")):
+            raise ArgumentError(f"{name} {i} is not a mapping", code="models.type", got=type(m).__name__)
+    if name and len(call.companions) != num_models:
+        raise ArgumentError(
+            f"{call.method.info.name}: '{name}' has the wrong number of values",
+            code="parameter.count",
+            expected=f"{num_models}, one per model",
+            got=str(len(call.companions)),
+        )
+    return list(call.companions)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """One entry of all state dicts, each read once."""
+
+    name: str
+    models: list[Any]
+    base: Any
+    companions: list[Any]
+
+    @property
+    def is_float(self) -> bool:
+        """True if it is a tensor to be merged."""
+        return _is_float(self.models if self.base is None else [self.base, *self.models], self.name)
+
+    def inputs(self, call: Call) -> Inputs:
+        """The inputs of the merge."""
+        return call.inputs(self.models, self.base, self.companions, self.name)
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """The state dicts of a merge."""
+
+    models: Sequence[Mapping[str, Any]]
+    base: Mapping[str, Any] | None
+    companions: Sequence[Mapping[str, Any]]
+
+    def read(self, name: str) -> _Read:
+        """The entry called `name`."""
+        base = None if self.base is None else self.base[name]
+        return _Read(name, [m[name] for m in self.models], base, [c[name] for c in self.companions])
+
+
+def _resolve_model(call: Call, sources: _Sources, order: Sequence[str]) -> tuple[dict[str, Spec], Coeffs]:
     """The coefficients of a model scope, and the spec of every float tensor in it. Reads each tensor once per pass."""
     specs: list[Spec] = []
     backend: Backend | None = None
     for name in sorted(order, key=lambda n: n.encode()):
-        values = [m[name] for m in models]
-        base_value = None if base is None else base[name]
-        if not _is_float(values if base is None else [base_value, *values], name):
+        found = sources.read(name)
+        if not found.is_float:
             continue
-        inputs = gather(values, base_value, name, call.shard_dim)
+        inputs = found.inputs(call)
         if backend is None:
             _, backend = pick("select", inputs.all_views, call.backend)
         specs.append(call.spec(inputs))
@@ -116,32 +164,22 @@ def _resolve_model(
     compute = F64 if any(s.compute is F64 for s in specs) else F32
     scope = Scope(tuple(offsets), tuple(s.tensor for s in specs), total, "F64" if compute is F64 else "F32")
     specs = [replace(s, scope=scope, offset=o, compute=compute) for s, o in zip(specs, offsets, strict=True)]
-    tensors = _Lazy(models, base, [s.name for s in specs], call.shard_dim, compute)
-    return {s.name: s for s in specs}, resolve_scope(call, specs, tensors, backend)
+    tensors = _Lazy(call, sources, [s.name for s in specs], compute)
+    coeffs = resolve_scope(call.method, specs, tensors, backend, call.threads, call.nan)
+    return {s.name: s for s in specs}, coeffs
 
 
 class _Lazy(Sequence[Inputs]):
     """The inputs of each tensor, made when they are asked for, so that lazy mappings stay lazy."""
 
-    def __init__(
-        self,
-        models: Sequence[Mapping[str, Any]],
-        base: Mapping[str, Any] | None,
-        names: Sequence[str],
-        shard_dim: int,
-        compute: DType,
-    ) -> None:
-        self.models, self.base, self.names, self.shard_dim = models, base, names, shard_dim
-        self.compute = compute
+    def __init__(self, call: Call, sources: _Sources, names: Sequence[str], compute: DType) -> None:
+        self.call, self.sources, self.names, self.compute = call, sources, names, compute
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, i: Any) -> Any:
-        name = self.names[i]
-        base = None if self.base is None else self.base[name]
-        inputs = gather([m[name] for m in self.models], base, name, self.shard_dim)
-        return replace(inputs, compute=self.compute)
+        return replace(self.sources.read(self.names[i]).inputs(self.call), compute=self.compute)
 
 
 def _same_names(everything: Sequence[Mapping[str, Any]], has_base: bool) -> None:

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from .. import _cpu
 from .._methods import get
 from .._native import torch_dtype, view_of
+from .._rounds import resolve_scope
 from ..errors import InputError, MergeError, PlanError
 from ..formats.checkpoint import Checkpoint, open_checkpoint
-from ..merging import Call, resolve_scope
+from ..merging import Call
 from ..ops.inputs import Inputs
 from ..tensors import DType, Piece, TensorView
 from .identity import NUMERIC_POLICY, input_identities
@@ -30,7 +31,7 @@ from .specs import Specs, sources_of
 if TYPE_CHECKING:
     import torch
 
-    from .._methods.protocol import Coeffs
+    from .._methods.protocol import Coeffs, Spec
 
 __all__ = ["recompute_sample", "sample_names"]
 
@@ -248,12 +249,16 @@ class _Again:
 
     def _coeffs(self, index: int) -> Coeffs:
         if self._specs.scope == "tensor":
-            return resolve_scope(self._call, [self._specs.spec(index)], [self._inputs(index)], self._backend)
+            return self._resolve([self._specs.spec(index)], [self._inputs(index)])
         if self._common is None:
             members = self._specs.members
             specs = [self._specs.spec(i) for i in members]
-            self._common = resolve_scope(self._call, specs, [self._inputs(i) for i in members], self._backend)
+            self._common = self._resolve(specs, [self._inputs(i) for i in members])
         return self._common
+
+    def _resolve(self, specs: list[Spec], tensors: list[Inputs]) -> Coeffs:
+        call = self._call
+        return resolve_scope(call.method, specs, tensors, self._backend, call.threads, call.nan)
 
     def _inputs(self, index: int) -> _FileInputs:
         tensor, spec = self._merge.tensors[index], self._specs.spec(index)

@@ -23,7 +23,8 @@ class Inputs:
     """One tensor of a merge. Entry i of every list belongs to shard i; a whole tensor is one shard.
 
     tensors : per shard, the tensors of the models, then the base's if there is one.
-    n : elements of the unsharded tensor.
+    labels : what errors call the models.
+    n, shape : elements and shape of the unsharded tensor.
     """
 
     name: str
@@ -35,6 +36,8 @@ class Inputs:
     sharded: bool
     pieces: tuple[Piece, ...]
     tensors: tuple[tuple[torch.Tensor, ...], ...]
+    shape: tuple[int, ...] = ()
+    labels: tuple[str, ...] = ()
 
     def views(self, shard: int) -> tuple[TensorView | None, list[TensorView]]:
         """(base, models) of a shard."""
@@ -47,10 +50,11 @@ class Inputs:
         return [view_of(t) for shard in self.tensors for t in shard]
 
 
-def gather(models: Sequence[Any], base: Any, name: str, shard_dim: int) -> Inputs:
+def gather(models: Sequence[Any], base: Any, name: str, shard_dim: int, names: Sequence[str] = ()) -> Inputs:
     """Check and cut the inputs of one merge.
 
-    models, base : tensors, or lists of shards along `shard_dim`; whole tensors are cut like the lists.
+    models, base : tensors, or lists of shards along `shard_dim`; whole tensors are cut like the lists. names : what
+    errors call the models, by default "model 0" and so on.
 
     Raises
     ------
@@ -66,7 +70,8 @@ def gather(models: Sequence[Any], base: Any, name: str, shard_dim: int) -> Input
         )
     models = list(models)
     given = [*models] if base is None else [*models, base]
-    labels = [f"model {i}" for i in range(len(models))] + (["the base"] if base is not None else [])
+    labels = list(names) or [f"model {i}" for i in range(len(models))]
+    labels += ["the base"] if base is not None else []
     if not 1 <= len(models) <= 64:
         raise ArgumentError("a merge takes 1 to 64 models", code="models.count", tensor=name, got=str(len(models)))
     cuts: list[int] | None = None
@@ -91,7 +96,15 @@ def gather(models: Sequence[Any], base: Any, name: str, shard_dim: int) -> Input
         cuts is not None,
         pieces,
         tuple(tuple(s) for s in shards),
+        _shape([tuple(shard[0].shape) for shard in shards], shard_dim),
+        tuple(labels[: len(models)]),
     )
+
+
+def _shape(shapes: list[tuple[int, ...]], dim: int) -> tuple[int, ...]:
+    if len(shapes) == 1:
+        return shapes[0]
+    return (*shapes[0][:dim], sum(shape[dim] for shape in shapes), *shapes[0][dim + 1 :])
 
 
 def _encodable(name: str) -> bool:

@@ -117,7 +117,7 @@ def _refuse_nonfinite(stats: SweepStats, selection: Selection, tensors: Sequence
         first, count = stats.nonfinite(number)
         if first >= 0:
             base = number == len(selection.searches)
-            label = "the base" if base or search is None else f"model {search.model}"
+            label = "the base" if base or search is None else tensors[0].labels[search.model]
             raise nonfinite(label, first, count, selection.scope, [t.name for t in tensors])
 
 

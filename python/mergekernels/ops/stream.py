@@ -12,6 +12,7 @@ from .._native import torch_dtype, view_of
 from ..errors import ArgumentError
 from ..tensors import promote
 from .arguments import check_choice, check_range
+from .assembly import parts, scatter
 from .inputs import Inputs, gather, num_threads
 from .output import check_out_dtype
 from .program import Program
@@ -43,16 +44,47 @@ def run_program(
     require(backend, program.features)
     if stats is None and nan == "error":
         stats = _cpu.StreamStats(inputs.num_models, 0)
-    for shard, piece in enumerate(inputs.pieces):
-        if piece.numel == 0:
-            continue
-        base, models = inputs.views(shard)
-        out = None if outs is None else view_of(outs[shard])
-        backend.stream(program, piece, base, models, out, compute=inputs.compute, stats=stats, threads=threads)
-    if nan != "error" or stats is None:
-        return
+    if program.slab > 1:
+        _by_slabs(program, inputs, outs, backend, threads, stats)
+    else:
+        for shard, piece in enumerate(inputs.pieces):
+            if piece.numel == 0:
+                continue
+            base, models = inputs.views(shard)
+            out = None if outs is None else view_of(outs[shard])
+            backend.stream(program, piece, base, models, out, compute=inputs.compute, stats=stats, threads=threads)
+    if nan == "error" and stats is not None:
+        _refuse_nonfinite(stats, inputs)
+
+
+def _by_slabs(
+    program: Program,
+    inputs: Inputs,
+    outs: Sequence[torch.Tensor] | None,
+    backend: Backend,
+    threads: int,
+    stats: StreamStats | None,
+) -> None:
+    """The pass in parts that keep rows whole."""
+    import torch
+
+    for part in parts(inputs, program.slab):
+        out = result = None
+        if outs is not None and part.shard is not None:
+            out = view_of(outs[part.shard])
+        elif outs is not None:
+            result = torch.empty(part.count, dtype=outs[0].dtype, device=outs[0].device)
+            out = view_of(result)
+        backend.stream(
+            program, part.flat, part.base, part.models, out, compute=inputs.compute, stats=stats, threads=threads
+        )
+        if outs is not None and result is not None:
+            scatter(inputs, part, result, outs)
+
+
+def _refuse_nonfinite(stats: StreamStats, inputs: Inputs) -> None:
     scope = Scope((0,), (inputs.tensor,), inputs.n, "F32")
-    labels = [f"model {m}" for m in range(inputs.num_models)] + ["the base", "the result"]
+    labels = [*inputs.labels, "the base", "the result"]
     for source, label in enumerate(labels):
         first, count = stats.nonfinite(source)
         if first >= 0:
