@@ -196,7 +196,7 @@ def test_refused_tensors() -> None:
         ([x, "x"], "model 1 is not a tensor; got str"),
         ([x, torch.ones(4, device="meta")], "model 1 has no plain memory"),
         ([x, x.to_sparse()], "model 1 has no plain memory"),
-        ([], "a merge takes 1 to 64 models"),
+        ([], "linear cannot merge this many models; expected 1 to 64; got 0"),
     ]
     for tensors, message in cases:
         with pytest.raises(ArgumentError, match=message):
