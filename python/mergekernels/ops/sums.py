@@ -23,6 +23,9 @@ QUANTITIES = (
     "kept_squares",
     "agreeing_abs",
     "importance_squares",
+    "kept_count",
+    "alone_count",
+    "negative_count",
     "total_abs",
     "merged_abs",
 )
@@ -66,7 +69,9 @@ class Reduce:
     """Sums over one tensor of what a `Program` computes on its way; the program writes nothing.
 
     quantities : in the terms of `Program`, per model "abs": |dt|; "squares": dt^2; "kept_abs": |et| before `factors`;
-    "kept_squares": et^2 before `factors`; "agreeing_abs": |q| where model t agrees, else 0; "importance_squares": Ft^2.
+    "kept_squares": et^2 before `factors`; "agreeing_abs": |q| where model t agrees, else 0; "importance_squares": Ft^2;
+    and counts, as sums of 1.0: "kept_count": et != 0 (NaN is); "alone_count": et != 0 and no other model's is;
+    "negative_count": Ft < 0.
     One number: "total_abs": |+0 + d1 + ... + dT| (sum in C); "merged_abs": |y| before the anchor is added.
     Slots: the quantities in order, those per model as T slots.
     """
