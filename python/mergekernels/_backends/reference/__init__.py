@@ -10,7 +10,12 @@ from .stream import stream
 
 __all__ = ["FEATURES", "stream", "sweep", "why_not"]
 
-FEATURES: frozenset[str] = frozenset()
+FEATURES = frozenset(
+    {
+        *("band", "draw", "rank", "marked", "joint", "importance_key", "factors", "table", "groups", "subtract"),
+        *("vote", "merge", "divisor", "alone", "limit", "useful", "balance", "importance", "anchor"),
+    }
+)
 """See dispatch.Backend."""
 
 

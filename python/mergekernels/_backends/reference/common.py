@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..._native import to_torch, torch_dtype
 from ...ops.keep import MAX_KEY
-from ...tensors import DType, Piece, TensorView
+from ...tensors import CANONICAL_BLOCK, DType, Piece, TensorView
 
 _M = (0xD2511F53, 0xCD9E8D57)
 _W = (0x9E3779B9, 0xBB67AE85)
@@ -78,3 +80,33 @@ def philox(seed: int, tensor: int, stream: int, g: torch.Tensor) -> torch.Tensor
 def tie_words(seed: int, tensor: int, model: int, g: torch.Tensor) -> torch.Tensor:
     """The words that order the ties of a model (purpose 2)."""
     return philox(seed, tensor, 16 * model + 2, g)
+
+
+def constant(value: float, like: torch.Tensor) -> torch.Tensor:
+    """A number of a program, rounded to the dtype of `like` once."""
+    return torch.tensor(value, dtype=torch.float64).to(like)
+
+
+def ordered_sum(terms: Sequence[torch.Tensor]) -> torch.Tensor:
+    """+0 plus the terms, one after another."""
+    total = torch.zeros_like(terms[0])
+    for term in terms:
+        total = total + term
+    return total
+
+
+def block_sums(products: torch.Tensor) -> torch.Tensor:
+    """Sums over canonical blocks of float64 numbers along the last axis, [..., n] to [..., blocks].
+
+    Lane i mod 256 of a block adds its elements in order, then the lanes combine by a binary tree.
+    """
+    n = products.shape[-1]
+    blocks = -(-n // CANONICAL_BLOCK)
+    padded = products.new_zeros(*products.shape[:-1], blocks * CANONICAL_BLOCK)
+    padded[..., :n] = products
+    rows = padded.reshape(*products.shape[:-1], blocks, CANONICAL_BLOCK // 256, 256)
+    lanes = ordered_sum([rows[..., i, :] for i in range(rows.shape[-2])])
+    while lanes.shape[-1] > 1:
+        half = lanes.shape[-1] // 2
+        lanes = lanes[..., :half] + lanes[..., half:]
+    return lanes[..., 0]
