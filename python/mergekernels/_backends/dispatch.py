@@ -57,7 +57,7 @@ class Backend(Protocol):
         offset: int,
         threads: int,
     ) -> None:
-        """See ops.program.Sweep."""
+        """See ops.sweeps.Sweep."""
         ...
 
     def stream(
@@ -73,7 +73,9 @@ class Backend(Protocol):
         threads: int,
         marks: Sequence[TensorView | None] = (),
     ) -> None:
-        """See ops.program.Program. marks : packed bits of this piece for each model whose rule is `Marked`."""
+        """See ops.program.Program. marks : per model packed bits of this piece, None where its rule is not `Marked`;
+        uint8, from byte g0 // 8 on. A piece with marks is flat.
+        """
         ...
 
     def mark(
@@ -88,8 +90,9 @@ class Backend(Protocol):
         compute: DType,
         threads: int,
     ) -> None:
-        """Write one packed bit per element and model: whether the program keeps it (before `joint` too, zeros
-        included), the model agrees, or `Useful` counts it. Pieces are flat and begin at a multiple of 8.
+        """Write one packed bit per element and model: whether the program keeps it (by keep[t] and by `joint`, a delta
+        of zero too), the model agrees (nobody without a vote), or `Useful` counts it. Pieces are flat and begin at a
+        multiple of 8; bits beyond the last element are 0. marks : uint8, ceil(elements / 8) bytes per model.
         """
         ...
 

@@ -64,7 +64,7 @@ class Balance:
 
     a  = |dt| clipped to [lo, hi]
     m  = (a - lo) / (hi - lo)                           (0 if hi == lo)
-    z  = exp(spread * (m * m)) * tanh(dt * S)           (S = +0 + d1 + ... + dT; 0 where negative, NaN stays)
+    z  = exp(spread * (m * m)) * tanh(dt * S)           (S = +0 + d1 + ... + dT; z = 0 where negative, NaN stays)
     ct = (max(z, cut) - cut) / (top - cut)              (0 if top == cut)
     """
 
@@ -121,6 +121,12 @@ class Program:
 
     With `copy` there is one model and only the scale: y = x1 * scale (if scale != 1), which preserves -0; without
     scale, load cast and change of dtype the bits are copied.
+
+    A comparison with a NaN is false: a NaN stands for no sign, is never the largest, and passes a clip unchanged.
+    `sign` is -1, 0 or 1 in C, so that "max" gives -0 where it is -1 and nobody agrees.
+
+    Statistics: kept counts et that are not 0 per model (0 for F1..FT), conflicts the elements with wt of both signs,
+    votes v > 0 and v < 0 (s without a vote); an Ft below 0 is reported like one that is not finite; norms are of dt.
 
     weights, factors, alone, divisor_value, divisor_floor, limit, scale, epsilon : doubles; a backend rounds each to C
     once.

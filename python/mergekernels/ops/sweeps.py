@@ -22,8 +22,8 @@ class Interval:
         or the scope index (order "index"); smaller is ahead.
     lo, hi : inclusive bounds of the ordinals of interest, 1 <= lo <= hi for keys.
     model : the model that is searched, and whose Philox stream orders its ties; several searches may share one; -1
-        stands for the search's own number. A search reports the non-finite values of its model, or of any model where
-        the key is joint.
+        stands for the search's own number. A search reports the non-finite values of its model; where the key is joint,
+        the elements at which any model is not finite.
     """
 
     stage: Literal["key", "tie"]

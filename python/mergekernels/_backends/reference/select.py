@@ -10,8 +10,8 @@ import torch
 from ...ops.keep import Keep
 from ...ops.sweeps import Sweep
 from ...tensors import DType, Piece, TensorView
-from .._sweeps import per_search
-from .common import delta, flat_index, keys, load, tie_words
+from .common import delta, flat_index, keys, load, ordered_sum, tie_words
+from .rules import balance, importance, variance
 
 if TYPE_CHECKING:
     from ..._cpu import SweepStats
@@ -48,15 +48,20 @@ def sweep(
     offset: int,
     threads: int,
 ) -> None:
-    """See ops.program.Sweep. `threads` has no effect."""
+    """See ops.sweeps.Sweep. `threads` has no effect."""
     x0 = None if base is None else load(base, compute)
-    for m, (interval, view) in enumerate(zip(request.intervals, per_search(request, models), strict=True)):
-        if interval is None or view is None:
+    xs = [None if view is None else load(view, compute) for view in models]
+    deltas = [None if x is None else delta(x, x0) for x in xs]
+    for m, interval in enumerate(request.intervals):
+        if interval is None:
             continue
-        x = load(view, compute)
+        x = xs[interval.model]
+        if x is None:
+            continue
         g = flat_index(piece, x.device)
-        _report_nonfinite(stats, m, x, g + offset)
-        key = keys(delta(x, x0))
+        sources = [v for v in xs if v is not None] if request.joint else [x]
+        _report_nonfinite(stats, m, torch.stack([~v.isfinite() for v in sources]).any(0), g + offset)
+        key = keys(_number(request, deltas, interval.model, g))
         if interval.stage == "key":
             ordinal, member = key, torch.ones_like(key, dtype=torch.bool)
             before = key > interval.hi
@@ -67,11 +72,25 @@ def sweep(
         inside = member & (ordinal >= interval.lo) & (ordinal <= interval.hi)
         stats.add(m, int(before.sum()), _buffer(ordinal[inside]), _buffer(g[inside] + offset))
     if x0 is not None:
-        _report_nonfinite(stats, len(request.intervals), x0, flat_index(piece, x0.device) + offset)
+        _report_nonfinite(stats, len(request.intervals), ~x0.isfinite(), flat_index(piece, x0.device) + offset)
 
 
-def _report_nonfinite(stats: SweepStats, source: int, x: torch.Tensor, index: torch.Tensor) -> None:
-    bad = ~torch.isfinite(x)
+def _number(request: Sweep, deltas: Sequence[torch.Tensor | None], model: int, g: torch.Tensor) -> torch.Tensor:
+    """The number whose bits are the key of a model."""
+    d = deltas[model]
+    assert d is not None
+    if request.joint:
+        together = [v for v in deltas if v is not None]
+        if request.key == "variance":
+            return variance(together)
+        return balance(request.balance[model], d, ordered_sum(together))[1]
+    if request.key == "importance":
+        assert request.rows is not None
+        return importance(d, request.rows, g)
+    return d
+
+
+def _report_nonfinite(stats: SweepStats, source: int, bad: torch.Tensor, index: torch.Tensor) -> None:
     count = int(bad.sum())
     if count:
         stats.add_nonfinite(source, int(index[bad].min()), count)
