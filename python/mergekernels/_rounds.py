@@ -69,7 +69,7 @@ def _run(
             found = run_gram(state.gram, inputs, backend, threads)
         else:
             found = (run_divergence(state.row_length, inputs, backend, threads),)
-        if nan == "error" and not all(math.isfinite(math.fsum(s)) for s in found):
+        if nan == "error" and not all(all(map(math.isfinite, s)) for s in found):
             _find_nonfinite(inputs, backend, threads)
         values.append(found)
     return Sums(tuple(values)), n
@@ -93,7 +93,8 @@ def run_gram(request: Gram, inputs: Inputs, backend: Backend, threads: int) -> t
     require(backend, frozenset({"gram"}))
     segments = request.segments
     num_models = inputs.num_models
-    sums = _cpu.BlockSums(num_models * (num_models + 1) // 2, segments.count, segments.length)
+    count, length = (1, inputs.n) if segments.axis == "tensor" else (segments.count, segments.length)
+    sums = _cpu.BlockSums(num_models * (num_models + 1) // 2, count, length)
     if segments.axis == "tensor":
         align = alignment()
     elif segments.axis == "rows":

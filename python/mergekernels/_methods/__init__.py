@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 from ..errors import ArgumentError, nearest
+from .from_norm import FromNorm
+from .karcher import Karcher
 from .linear import Linear
+from .model_stock import ModelStock
+from .multislerp import Multislerp
+from .nuslerp import Nuslerp
 from .passthrough import Passthrough
+from .pcgrad import Pcgrad
 from .protocol import Method
+from .slerp import Slerp
 from .task_arithmetic import TaskArithmetic
 from .ties import Ties
 
 __all__ = ["get", "names"]
 
-_METHODS: dict[str, Method] = {m.info.name: m for m in (Linear(), TaskArithmetic(), Ties(), Passthrough())}
+_METHODS: dict[str, Method] = {
+    m.info.name: m
+    for m in (
+        Linear(),
+        TaskArithmetic(),
+        Ties(),
+        Passthrough(),
+        Slerp(),
+        Nuslerp(),
+        Multislerp(),
+        Karcher(),
+        ModelStock(),
+        Pcgrad(),
+        FromNorm(),
+    )
+}
 
 
 def names() -> list[str]:

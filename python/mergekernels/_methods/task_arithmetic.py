@@ -26,6 +26,7 @@ class TaskArithmetic(Direct):
             INT8_MASK,
         ),
         base="required",
+        modifiable=True,
         passes="1 read of the base and every model, 1 write",
         source="Ilharco et al. 2023, Editing models with task arithmetic, arXiv 2212.04089; "
         "mergekit merge_methods/generalized_task_arithmetic.py",

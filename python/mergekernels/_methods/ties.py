@@ -69,6 +69,7 @@ class Ties:
             INT8_MASK,
         ),
         base="required",
+        modifiable=True,
         passes="scope tensor: 2 reads (a third where ties overflow the candidates), 1 write; scope model: 2 to 4 "
         "sweeps of the checkpoint and 1 writing pass",
         source="Yadav et al. 2023, TIES-Merging, arXiv 2306.01708; mergekit "

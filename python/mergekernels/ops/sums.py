@@ -36,8 +36,9 @@ QUANTITIES = (
 class Segments:
     """How a tensor is cut into segments that are summed by themselves.
 
-    axis "tensor": one segment. "rows": `count` segments of `length` consecutive elements. "columns": `count` segments
-    of `length` elements that are `count` apart: element g belongs to segment g % count and is number g // count of it.
+    axis "tensor": one segment, the tensor at hand whatever its length. "rows": `count` segments of `length` consecutive
+    elements. "columns": `count` segments of `length` elements that are `count` apart: element g belongs to segment
+    g % count and is number g // count of it.
     """
 
     axis: Literal["tensor", "rows", "columns"]
