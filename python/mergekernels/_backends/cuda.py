@@ -10,22 +10,38 @@ import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import BackendError
 from ..ops.program import Program
+from ..ops.sums import Gram, Reduce
 from ..ops.sweeps import Sweep
 from ..tensors import DType, Piece, TensorView
-from . import _gpu
+from . import _gpu, _gpu_sums
 from ._device import Operands, no_gpu, same_device
+from ._launches import SLOTS, Extras
 from ._sweeps import points
 
 if TYPE_CHECKING:
+    from array import array
+
     import torch
 
-    from .._cpu import StreamStats, SweepStats
+    from .._cpu import BlockSums, StreamStats, SweepStats
 
-__all__ = ["FEATURES", "launch_block_sums", "launch_stream", "launch_sweep", "stream", "sweep", "why_not"]
+__all__ = [
+    "FEATURES",
+    "divergence",
+    "gram",
+    "launch_reduce",
+    "launch_stream",
+    "launch_sweep",
+    "mark",
+    "reduce",
+    "stream",
+    "sweep",
+    "why_not",
+]
 
 _OPS = ("select", "sweep", "stream")
 _TIES = {"all": 0, "none": 1, "hash": 2, "index": 3}
@@ -83,9 +99,67 @@ def stream(
     compute: DType,
     stats: StreamStats | None,
     threads: int,
+    marks: Sequence[TensorView | None] = (),
 ) -> None:
-    """See ops.program.Program. `threads` has no effect."""
-    _gpu.stream(sys.modules[__name__], program, piece, base, models, out, compute=compute, stats=stats)
+    """See dispatch.Backend. `threads` has no effect."""
+    _gpu.stream(sys.modules[__name__], program, piece, base, models, out, compute=compute, stats=stats, marks=marks)
+
+
+def mark(
+    program: Program,
+    kind: Literal["kept", "agreeing", "useful"],
+    piece: Piece,
+    base: TensorView | None,
+    models: Sequence[TensorView],
+    marks: Sequence[TensorView],
+    *,
+    compute: DType,
+    threads: int,
+) -> None:
+    """See dispatch.Backend. `threads` has no effect."""
+    _gpu.mark(sys.modules[__name__], program, kind, piece, base, models, marks, compute=compute)
+
+
+def gram(
+    request: Gram,
+    sums: BlockSums,
+    piece: Piece,
+    base: TensorView | None,
+    models: Sequence[TensorView],
+    *,
+    compute: DType,
+    threads: int,
+) -> None:
+    """See ops.sums.Gram. `threads` has no effect."""
+    _gpu_sums.gram(sys.modules[__name__], request, sums, piece, base, models, compute=compute)
+
+
+def reduce(
+    program: Program,
+    request: Reduce,
+    sums: BlockSums,
+    piece: Piece,
+    base: TensorView | None,
+    models: Sequence[TensorView],
+    *,
+    compute: DType,
+    threads: int,
+) -> None:
+    """See ops.sums.Reduce. `threads` has no effect."""
+    _gpu_sums.reduce(sys.modules[__name__], program, request, sums, piece, base, models, compute=compute)
+
+
+def divergence(
+    row_length: int,
+    piece: Piece,
+    base: TensorView,
+    model: TensorView,
+    *,
+    compute: DType,
+    threads: int,
+) -> array[float]:
+    """See dispatch.Backend. `threads` has no effect."""
+    return _gpu_sums.divergence(sys.modules[__name__], row_length, piece, base, model, compute=compute)
 
 
 def launch_sweep(
@@ -98,8 +172,9 @@ def launch_sweep(
     counters: torch.Tensor,
     entries: torch.Tensor,
     bins: torch.Tensor | None,
+    numbers: torch.Tensor | None,
 ) -> None:
-    """See _gpu.Launches."""
+    """See _launches.Launches."""
     there = [i if x is not None else None for i, x in zip(request.intervals, inputs.models, strict=True)]
     with _launching():
         _native().sweep(
@@ -122,8 +197,16 @@ def launch_sweep(
         )
 
 
-def launch_block_sums(program: Program, inputs: Operands, piece: Piece, compute: DType, sums: torch.Tensor) -> None:
-    """See _gpu.Launches."""
+def launch_reduce(
+    program: Program,
+    quantities: tuple[str, ...],
+    inputs: Operands,
+    piece: Piece,
+    compute: DType,
+    sums: torch.Tensor,
+    extras: Extras,
+) -> None:
+    """See _launches.Launches."""
     with _launching():
         _native().block_sums(
             _program(program, inputs),
@@ -146,8 +229,9 @@ def launch_stream(
     out_dtype: DType,
     counters: torch.Tensor | None,
     raw: bool,
+    extras: Extras,
 ) -> None:
-    """See _gpu.Launches."""
+    """See _launches.Launches."""
     with _launching():
         _native().stream(
             _program(program, inputs),
@@ -160,7 +244,7 @@ def launch_stream(
             compute.code,
             raw,
             _address(counters),
-            _gpu.SLOTS,
+            SLOTS,
             *_queue(inputs.present[0]),
         )
 

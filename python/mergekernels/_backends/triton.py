@@ -13,22 +13,38 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .._native import torch_dtype
 from ..ops.program import Program
+from ..ops.sums import Gram, Reduce
 from ..ops.sweeps import Sweep, bin_shift
 from ..tensors import BF16, DType, Piece, TensorView
-from . import _gpu
+from . import _gpu, _gpu_sums
 from ._device import Operands, guard, is_flat, no_gpu, same_device, split_tau
+from ._launches import SLOTS, Extras
 from ._sweeps import points
 
 if TYPE_CHECKING:
+    from array import array
+
     import torch
 
-    from .._cpu import StreamStats, SweepStats
+    from .._cpu import BlockSums, StreamStats, SweepStats
 
-__all__ = ["FEATURES", "launch_block_sums", "launch_stream", "launch_sweep", "stream", "sweep", "why_not"]
+__all__ = [
+    "FEATURES",
+    "divergence",
+    "gram",
+    "launch_reduce",
+    "launch_stream",
+    "launch_sweep",
+    "mark",
+    "reduce",
+    "stream",
+    "sweep",
+    "why_not",
+]
 
 _OPS = ("select", "sweep", "stream")
 _VOTE = {"none": 0, "weighted": 1}
@@ -93,9 +109,67 @@ def stream(
     compute: DType,
     stats: StreamStats | None,
     threads: int,
+    marks: Sequence[TensorView | None] = (),
 ) -> None:
-    """See ops.program.Program. `threads` has no effect."""
-    _gpu.stream(sys.modules[__name__], program, piece, base, models, out, compute=compute, stats=stats)
+    """See dispatch.Backend. `threads` has no effect."""
+    _gpu.stream(sys.modules[__name__], program, piece, base, models, out, compute=compute, stats=stats, marks=marks)
+
+
+def mark(
+    program: Program,
+    kind: Literal["kept", "agreeing", "useful"],
+    piece: Piece,
+    base: TensorView | None,
+    models: Sequence[TensorView],
+    marks: Sequence[TensorView],
+    *,
+    compute: DType,
+    threads: int,
+) -> None:
+    """See dispatch.Backend. `threads` has no effect."""
+    _gpu.mark(sys.modules[__name__], program, kind, piece, base, models, marks, compute=compute)
+
+
+def gram(
+    request: Gram,
+    sums: BlockSums,
+    piece: Piece,
+    base: TensorView | None,
+    models: Sequence[TensorView],
+    *,
+    compute: DType,
+    threads: int,
+) -> None:
+    """See ops.sums.Gram. `threads` has no effect."""
+    _gpu_sums.gram(sys.modules[__name__], request, sums, piece, base, models, compute=compute)
+
+
+def reduce(
+    program: Program,
+    request: Reduce,
+    sums: BlockSums,
+    piece: Piece,
+    base: TensorView | None,
+    models: Sequence[TensorView],
+    *,
+    compute: DType,
+    threads: int,
+) -> None:
+    """See ops.sums.Reduce. `threads` has no effect."""
+    _gpu_sums.reduce(sys.modules[__name__], program, request, sums, piece, base, models, compute=compute)
+
+
+def divergence(
+    row_length: int,
+    piece: Piece,
+    base: TensorView,
+    model: TensorView,
+    *,
+    compute: DType,
+    threads: int,
+) -> array[float]:
+    """See dispatch.Backend. `threads` has no effect."""
+    return _gpu_sums.divergence(sys.modules[__name__], row_length, piece, base, model, compute=compute)
 
 
 def launch_sweep(
@@ -108,8 +182,9 @@ def launch_sweep(
     counters: torch.Tensor,
     entries: torch.Tensor,
     bins: torch.Tensor | None,
+    numbers: torch.Tensor | None,
 ) -> None:
-    """See _gpu.Launches."""
+    """See _launches.Launches."""
     rows = []
     for interval, x in zip(request.intervals, inputs.models, strict=True):
         if interval is None or x is None:
@@ -134,8 +209,16 @@ def launch_sweep(
     _cover(_kernels("select").select_kernel, piece.numel, inputs.dtype, tables, arguments, constants)
 
 
-def launch_block_sums(program: Program, inputs: Operands, piece: Piece, compute: DType, sums: torch.Tensor) -> None:
-    """See _gpu.Launches."""
+def launch_reduce(
+    program: Program,
+    quantities: tuple[str, ...],
+    inputs: Operands,
+    piece: Piece,
+    compute: DType,
+    sums: torch.Tensor,
+    extras: Extras,
+) -> None:
+    """See _launches.Launches."""
     kernels = _kernels("stream")
     tables = _stream_tables(program, inputs, piece, compute)
     constants = {**_shared(program, inputs, compute), "BLOCKS": kernels.NORM_BLOCKS}
@@ -152,8 +235,9 @@ def launch_stream(
     out_dtype: DType,
     counters: torch.Tensor | None,
     raw: bool,
+    extras: Extras,
 ) -> None:
-    """See _gpu.Launches."""
+    """See _launches.Launches."""
     import torch
 
     num_models = len(inputs.models)
@@ -171,7 +255,7 @@ def launch_stream(
         "DIVISOR": _DIVISOR[program.divisor],
         "RAW": raw,
         "STATS": counters is not None,
-        "SLOTS": _gpu.SLOTS,
+        "SLOTS": SLOTS,
         "FLAT": is_flat(piece),
         "QUADS": is_flat(piece) and piece.g0 % 4 == 0,
         # A few models are loaded at once; more would only cost registers.
