@@ -13,7 +13,12 @@ from .text import table
 __all__ = ["info_dict", "method_text", "methods_text"]
 
 _WIDTH = 110
-_BASE = {"required": "required", "optional": "optional", "input": "one more input", "first": "required, the first input"}
+_BASE = {
+    "required": "required",
+    "optional": "optional",
+    "input": "one more input",
+    "first": "required, the first input",
+}
 
 
 def info_dict(info: MethodInfo) -> dict[str, Any]:

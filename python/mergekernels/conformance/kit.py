@@ -1,0 +1,114 @@
+"""The files of a kit.
+
+`kit.json` lists the cases; `inputs/family.safetensors` holds every model's tensors as "model/tensor";
+`outputs/CASE.safetensors` holds what the tool of a case gave: "tensor" for each tensor of the result, and
+"mask_MODEL/tensor" for random masks that it drew.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Case", "Kit", "open_kit"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One merge that a tool has done.
+
+    id : of the case, and the name of its file. tool, version : what made the output. method, dialect, params : the
+    merge in the terms of this package, parameters by their recipe names, per-model ones as lists. models, base : whose
+    tensors are merged. bound : largest allowed difference, relative to the largest magnitude of the expected tensor.
+    without : tensors that the tool refuses.
+    """
+
+    id: str
+    tool: str
+    version: str
+    method: str
+    models: tuple[str, ...]
+    base: str | None
+    bound: float
+    dialect: str = "default"
+    params: dict[str, Any] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Kit:
+    """A folder with cases. `inputs`: model -> tensor name -> values, float32."""
+
+    folder: Path
+    cases: tuple[Case, ...]
+    inputs: dict[str, dict[str, torch.Tensor]]
+
+    def expected(self, case: Case) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
+        """(tensor -> values, model -> tensor -> mask that the tool drew)."""
+        return read_output(self.folder / "outputs" / f"{case.id}.safetensors")
+
+
+def read_output(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
+    """The tensors of an output file, and the masks beside them. Entries for single experts are left out.
+
+    Raises
+    ------
+    InputError : the file is missing.
+    """
+    from safetensors.torch import load_file
+
+    if not file.is_file():
+        raise InputError("an output of the kit is missing", code="conformance.output", file=str(file))
+    tensors: dict[str, torch.Tensor] = {}
+    masks: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in load_file(file).items():
+        kind, _, name = key.rpartition("/")
+        if not kind:
+            tensors[name] = value
+        elif kind.startswith("mask_"):
+            masks.setdefault(kind.removeprefix("mask_"), {})[name] = value
+    return tensors, masks
+
+
+def open_kit(folder: str | Path | None = None) -> Kit:
+    """The kit in a folder, by default the one that comes with the package.
+
+    Raises
+    ------
+    InputError : there is none, or it is laid out in another way.
+    """
+    from safetensors.torch import load_file
+
+    place = _default() if folder is None else Path(folder)
+    try:
+        raw = json.loads((place / "kit.json").read_text())
+        family = load_file(place / "inputs" / "family.safetensors")
+    except (OSError, ValueError) as error:
+        raise InputError(f"no conformance kit: {error}", code="conformance.kit", file=str(place)) from None
+    if raw.get("layout") != 1:
+        raise InputError(
+            "the kit is laid out in another way",
+            code="conformance.kit",
+            expected="layout 1",
+            got=str(raw.get("layout")),
+        )
+    inputs: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in family.items():
+        model, name = key.split("/")
+        inputs.setdefault(model, {})[name] = value
+    cases = []
+    for entry in raw["cases"]:
+        cases.append(Case(**entry | {key: tuple(entry[key]) for key in ("models", "without") if key in entry}))
+    return Kit(place, tuple(cases), inputs)
+
+
+def _default() -> Path:
+    here = Path(__file__).resolve().parent
+    return here / "golden" if (here / "golden").is_dir() else here.parents[2] / "tests" / "golden"
