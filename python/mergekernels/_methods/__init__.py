@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from ..errors import ArgumentError, nearest
+from .breadcrumbs import Breadcrumbs, BreadcrumbsTies
+from .dare import DareLinear, DareTies
+from .della import Della, DellaLinear
 from .from_norm import FromNorm
 from .karcher import Karcher
 from .linear import Linear
@@ -18,22 +21,26 @@ from .ties import Ties
 
 __all__ = ["get", "names"]
 
-_METHODS: dict[str, Method] = {
-    m.info.name: m
-    for m in (
-        Linear(),
-        TaskArithmetic(),
-        Ties(),
-        Passthrough(),
-        Slerp(),
-        Nuslerp(),
-        Multislerp(),
-        Karcher(),
-        ModelStock(),
-        Pcgrad(),
-        FromNorm(),
-    )
-}
+_ALL: tuple[Method, ...] = (
+    Linear(),
+    TaskArithmetic(),
+    Ties(),
+    DareLinear(),
+    DareTies(),
+    DellaLinear(),
+    Della(),
+    Breadcrumbs(),
+    BreadcrumbsTies(),
+    Passthrough(),
+    Slerp(),
+    Nuslerp(),
+    Multislerp(),
+    Karcher(),
+    ModelStock(),
+    Pcgrad(),
+    FromNorm(),
+)
+_METHODS: dict[str, Method] = {m.info.name: m for m in _ALL}
 
 
 def names() -> list[str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ..errors import ArgumentError
 from ..ops.arguments import check_range, in_compute
-from ..ops.program import Program
+from ..ops.program import Program, Table
 from ..tensors import F32, F64, DType
 from .protocol import Coeffs, MethodInfo, Param, Round, Spec, Stats
 
@@ -22,6 +23,8 @@ __all__ = [
     "is_zero_sum",
     "no_effect",
     "nonzero_sum",
+    "safe_sum",
+    "spoiled",
     "weight",
     "weight_sum",
 ]
@@ -129,3 +132,18 @@ def nonzero_sum(spec: Spec, weights: Sequence[float]) -> float:
             hint="Change the weights or set normalize to false.",
         )
     return total
+
+
+def safe_sum(spec: Spec, weights: Sequence[float]) -> float:
+    """As `finite_sum`, but 1 where its magnitude is below 1e-8."""
+    total = finite_sum(spec, weights)
+    return 1.0 if abs(total) < 1e-8 else total
+
+
+def spoiled(spec: Spec, *, base: bool = True) -> Program:
+    """A program whose result is NaN everywhere: what a statistic that is not finite leaves of a tensor.
+
+    With nan="error" its pass names the input that is not finite, or the result.
+    """
+    weights = Table("rows", max(1, spec.n), array("d", [math.nan] * spec.num_models))
+    return Program((1.0,) * spec.num_models, (None,) * spec.num_models, base=base, table=weights)

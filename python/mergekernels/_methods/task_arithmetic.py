@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..ops.program import Program
-from .common import INT8_MASK, LAMBDA, Direct, check_factors, finite_sum, no_effect, weight
+from .common import INT8_MASK, LAMBDA, Direct, check_factors, no_effect, safe_sum, weight
 from .protocol import Coeffs, MethodInfo, Param, Spec
 
 __all__ = ["TaskArithmetic"]
@@ -39,6 +39,4 @@ class TaskArithmetic(Direct):
         keep = (None,) * spec.num_models
         if not spec.params["normalize"]:
             return Program(weights, keep, scale=scale)
-        total = finite_sum(spec, weights)
-        value = 1.0 if abs(total) < 1e-8 else total
-        return Program(weights, keep, divisor="value", divisor_value=value, scale=scale)
+        return Program(weights, keep, divisor="value", divisor_value=safe_sum(spec, weights), scale=scale)
