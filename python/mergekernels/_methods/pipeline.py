@@ -227,14 +227,15 @@ class Pipeline(ABC):
             if not normalize:
                 return program
             return replace(program, divisor="value", divisor_value=safe_sum(spec, spec.params["weight"]))
-        if normalize:
-            program = replace(program, divisor="agreeing_weights" if election == "weighted" else "agreeing_count")
         if election == "peft":
             frequency = spec.params["majority_sign_method"] == "frequency"
-            return replace(program, vote="count" if frequency else "plain", zero_vote=zero_vote)
-        if election == "paper":
-            program = replace(program, weights=(1.0,) * spec.num_models)
-        return replace(program, vote="weighted", zero_vote=zero_vote)
+            program = replace(program, vote="count" if frequency else "plain", zero_vote=zero_vote)
+        else:
+            weights = (1.0,) * spec.num_models if election == "paper" else program.weights
+            program = replace(program, weights=weights, vote="weighted", zero_vote=zero_vote)
+        if not normalize:
+            return program
+        return replace(program, divisor="agreeing_weights" if election == "weighted" else "agreeing_count")
 
     def _norms(self, spec: Spec, coeffs: Resolved) -> Round | Coeffs:
         """A round that sums what the L1 rescale needs."""
