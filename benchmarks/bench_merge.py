@@ -6,8 +6,8 @@ Each tool is one process, timed from start to exit with the inputs in the page c
 resident memory taken from wait4. The floor of a recipe is `cat` of its inputs to /dev/null plus writing and syncing
 one checkpoint. mergekernels runs `--repeat` times per memory budget (the median counts), mergekit once. Every output
 of mergekernels must have the same checkpoint digest; mergekit's output is compared with `mergekernels diff`. On two
-cores with mergekit this takes about 8 minutes and 10 GB of disk. Nothing here imports torch: a child's peak memory
-would start from its parent's.
+cores with mergekit all recipes take about half an hour and 10 GB of disk. Nothing here imports torch: a child's peak
+memory would start from its parent's.
 """
 
 from __future__ import annotations
@@ -30,10 +30,18 @@ from machine import facts, slug
 HERE = Path(__file__).resolve().parent
 PEER_OPTIONS = ["--allow-crimes", "--no-copy-tokenizer", "--no-write-model-card", "--quiet"]
 FLOAT32 = "dtype: float32\nout_dtype: bfloat16"
+# Method: (fine-tuned models, whether there is a base, parameters).
 RECIPES = {
-    "ties": "parameters: {weight: 1.0, density: 0.2}",
-    "linear": "parameters: {weight: 1.0}",
-    "task_arithmetic": "parameters: {weight: 0.4}",
+    "ties": (3, True, "weight: 1.0, density: 0.2"),
+    "linear": (3, False, "weight: 1.0"),
+    "task_arithmetic": (3, True, "weight: 0.4"),
+    "della": (3, True, "weight: 1.0, density: 0.5, epsilon: 0.1"),
+    "breadcrumbs": (3, True, "weight: 1.0, density: 0.9, gamma: 0.01"),
+    "sce": (3, True, "select_topk: 0.5"),
+    "dare_ties": (3, True, "weight: 1.0, density: 0.2"),
+    "karcher": (3, False, ""),
+    "slerp": (1, True, "t: 0.4"),
+    "model_stock": (3, True, ""),
 }
 
 
@@ -87,10 +95,9 @@ def write_floor(target: Path, size: int, repeat: int) -> float:
 
 
 def write_recipe(path: Path, method: str, base: Path, tuned: list[Path], dtypes: str = "dtype: bfloat16") -> Path:
-    lines = [f"merge_method: {method}"]
-    if method != "linear":
-        lines.append(f"base_model: {base}")
-    lines += ["models:", *(f"  - model: {model}" for model in tuned), RECIPES[method], dtypes]
+    _, has_base, parameters = RECIPES[method]
+    lines = [f"merge_method: {method}", *([f"base_model: {base}"] if has_base else []), "models:"]
+    lines += [*(f"  - model: {model}" for model in tuned), f"parameters: {{{parameters}}}", dtypes]
     path.write_text("\n".join(lines) + "\n")
     return path
 
@@ -123,6 +130,7 @@ class Bench:
             sys.exit("mergekernels is not installed in this environment")
         self.peer = None if args.peer_env is None else str(Path(args.peer_env).resolve() / "bin" / "mergekit-yaml")
         self.repeat = args.repeat
+        self.commit = facts()["commit"]
         self.float32 = args.float32
         scale = ["--small"] if args.small else []
         checkpoints = self.folder / ("small" if args.small else "full")
@@ -143,8 +151,10 @@ class Bench:
 
     def recipe(self, method: str, budgets: list[str]) -> dict[str, Any]:
         """Everything that is measured for one recipe."""
-        inputs = self.tuned if method == "linear" else [self.base, *self.tuned]
-        recipe = write_recipe(self.folder / f"{method}.yml", method, self.base, self.tuned)
+        number, has_base, _ = RECIPES[method]
+        tuned = self.tuned[:number]
+        inputs = [self.base, *tuned] if has_base else tuned
+        recipe = write_recipe(self.folder / f"{method}.yml", method, self.base, tuned)
         size = sum(os.path.getsize(file) for file in shards(self.base))
         result: dict[str, Any] = {
             "bytes_read": sum(os.path.getsize(file) for folder in inputs for file in shards(folder)),
@@ -170,7 +180,7 @@ class Bench:
             result["against_mergekit"] = compare(self.command, self.out / "ours", peer_out)
             shutil.rmtree(peer_out)
             if self.float32:
-                wide = write_recipe(self.folder / f"{method}32.yml", method, self.base, self.tuned, FLOAT32)
+                wide = write_recipe(self.folder / f"{method}32.yml", method, self.base, tuned, FLOAT32)
                 os.sync()
                 result["mergekit_float32"] = measure(
                     [self.peer, str(wide), str(peer_out), *PEER_OPTIONS], self.out / "log"
@@ -178,6 +188,7 @@ class Bench:
                 result["against_mergekit_float32"] = compare(self.command, self.out / "ours", peer_out)
                 shutil.rmtree(peer_out)
         shutil.rmtree(self.out / "ours")
+        result["commit"] = self.commit
         return result
 
     def run(self, methods: list[str], budgets: list[str]) -> dict[str, Any]:
@@ -252,6 +263,11 @@ def main() -> None:
     out = args.out or HERE / "results" / f"{slug()}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     whole = json.loads(out.read_text()) if out.exists() else {}
+    # Recipes of another session on this machine stay beside the new ones.
+    before = whole.get("merge", {})
+    same = all(before.get("machine", {}).get(key) == machine[key] for key in ("cpu", "cores", "versions"))
+    if same and before.get("scale") == results["scale"]:
+        results["recipes"] = {**before["recipes"], **results["recipes"]}
     whole["merge"] = results
     out.write_text(json.dumps(whole, indent=2) + "\n")
     print(f"written to {out}")
