@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bind_program.h"
 #include "common/transcendental.h"
 #include "common/tree.h"
 #include "cpu/block_sums.h"
@@ -35,36 +36,6 @@ mk::View to_view(const ViewTuple& v) {
   view.shape = std::get<3>(v);
   view.strides = std::get<4>(v);
   return view;
-}
-
-mk::Program to_program(const py::tuple& t) {
-  if (t.size() != 11) throw py::value_error("a program has 11 fields");
-  const auto weights = t[0].cast<std::vector<double>>();
-  const auto keep =
-      t[1].cast<std::vector<std::optional<std::tuple<std::uint64_t, int, std::uint32_t, std::int64_t>>>>();
-  if (weights.empty() || weights.size() > mk::kMaxModels || weights.size() != keep.size())
-    throw py::value_error("a program needs one weight and one keep for each of 1 to 64 models");
-  mk::Program p{};
-  p.num_models = static_cast<int>(weights.size());
-  for (std::size_t m = 0; m < weights.size(); ++m) {
-    p.weights[m] = weights[m];
-    if (!keep[m]) continue;
-    const auto& [tau, ties, word, index] = *keep[m];
-    if (ties < mk::kTiesAll || ties > mk::kTiesIndex) throw py::value_error("ties are 0 (all) to 3 (index)");
-    p.keep[m] = {tau, index, word, ties, 1};
-  }
-  p.has_base = t[2].cast<bool>();
-  p.consensus = t[3].cast<int>();
-  p.zero_vote = t[4].cast<int>();
-  p.divisor = t[5].cast<int>();
-  p.divisor_value = t[6].cast<double>();
-  p.scale = t[7].cast<double>();
-  p.copy = t[8].cast<bool>();
-  p.seed = t[9].cast<std::uint64_t>();
-  p.tensor = t[10].cast<std::uint32_t>();
-  if (p.consensus < 0 || p.consensus > 1 || p.divisor < 0 || p.divisor > 3 || p.zero_vote < -1 || p.zero_vote > 1)
-    throw py::value_error("a field of the program is out of its range");
-  return p;
 }
 
 // A contiguous buffer of 8-byte items.
@@ -224,18 +195,18 @@ void bind_ops(py::module_& m) {
       py::arg("tensor"), py::arg("offset"), py::arg("threads"), py::arg("isa"));
   m.def(
       "stream",
-      [](const py::tuple& program, const PieceTuple& piece, const std::optional<ViewTuple>& base,
+      [](const py::dict& program, const PieceTuple& piece, const std::optional<ViewTuple>& base,
          const std::vector<ViewTuple>& models, const std::optional<ViewTuple>& out, int compute, mk::StreamStats* stats,
          int threads, const std::string& isa) {
         const mk::Kernels& kernels = mk::kernels_of(isa);
-        const mk::Program p = to_program(program);
+        const mk::BoundProgram bound(program);
         const mk::View base_view = base ? to_view(*base) : mk::View{};
         const mk::View out_view = out ? to_view(*out) : mk::View{};
         std::vector<mk::View> views;
         for (const ViewTuple& v : models) views.push_back(to_view(v));
         const py::gil_scoped_release release;
-        mk::stream(p, to_piece(piece), base ? &base_view : nullptr, views, out ? &out_view : nullptr, compute, stats,
-                   threads, kernels);
+        mk::stream(bound.program, to_piece(piece), base ? &base_view : nullptr, views, out ? &out_view : nullptr,
+                   compute, stats, threads, kernels);
       },
       py::arg("program"), py::arg("piece"), py::arg("base"), py::arg("models"), py::arg("out"), py::arg("compute"),
       py::arg("stats"), py::arg("threads"), py::arg("isa"));

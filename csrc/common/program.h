@@ -1,4 +1,4 @@
-// The fused pass as plain data; see Program in ops/program.py.
+// What backends share of passes: limits, the box that is a piece, and codes that cross from Python.
 #pragma once
 
 #include "common/key.h"
@@ -10,21 +10,12 @@ constexpr int kCanonicalBlock = 4096;
 constexpr int kLanes = 256;
 
 enum Consensus : int { kConsensusNone = 0, kConsensusSum = 1 };
-enum Divisor : int { kDivisorNone = 0, kDivisorValue = 1, kDivisorAgreeingWeights = 2, kDivisorAgreeingCount = 3 };
-
-struct Program {
-  int num_models;
-  int has_base;
-  int consensus;
-  int zero_vote;
-  int divisor;
-  int copy;
-  double divisor_value;
-  double scale;
-  std::uint64_t seed;
-  std::uint32_t tensor;
-  double weights[kMaxModels];
-  KeepPoint keep[kMaxModels];
+enum Divisor : int {
+  kDivisorNone = 0,
+  kDivisorValue = 1,
+  kDivisorAgreeingWeights = 2,
+  kDivisorAgreeingCount = 3,
+  kDivisorKeptCount = 4
 };
 
 // A box of a tensor: element i of the piece, in row-major order, has flat index flat_index(piece, i).

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/dtype.h"
-#include "common/program.h"
+#include "cpu/program.h"
 
 namespace mergekernels {
 
@@ -82,6 +82,23 @@ struct SweepArgs {
 
 constexpr std::int64_t sweep_scratch_bytes = std::int64_t(kBlock) * 8 * 3;
 
+// rank_masks: what a rule by rank keeps of whole slabs of length * stride elements; see Rows in ops/keep.py.
+struct RankArgs {
+  const KeepRule* rule;
+  Source base, model;  // base.data null: no deltas are taken
+  std::int64_t g;      // flat index of the first element
+  std::int64_t slabs, length, stride;
+  std::uint64_t seed;
+  std::uint32_t tensor;
+  int number;  // of the model, for its Philox streams
+  int compute;
+  std::int8_t* mask;  // one per element: -1 if it is kept, else 0
+  void* divisors;     // of the compute type, one per element: C(threshold) * 2^-32; null unless the rule divides
+  void* scratch;      // rank_scratch_bytes(length, stride), aligned to 64
+};
+
+constexpr std::int64_t rank_scratch_bytes(std::int64_t length, std::int64_t) { return length * 32 + kBlock * 64; }
+
 struct Kernels {
   const char* name;
   void (*stream)(const StreamArgs* args);
@@ -89,6 +106,7 @@ struct Kernels {
   // The words of the elements with flat indices g[0 .. n - 1].
   void (*philox)(std::uint64_t seed, std::uint32_t tensor, std::uint32_t stream, const std::int64_t* g, std::int64_t n,
                  std::uint32_t* words);
+  void (*rank_masks)(const RankArgs* args);
 };
 
 // The best instruction set first; `count` is set to their number. Only what this machine can run.

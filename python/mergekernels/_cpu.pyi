@@ -155,7 +155,7 @@ def sweep(
     """
 
 def stream(
-    program: tuple[Any, ...],
+    program: dict[str, Any],
     piece: Box,
     base: View | None,
     models: list[View],
@@ -170,10 +170,13 @@ def stream(
     With norms (`stats` with blocks) a piece must be flat, begin at a multiple of 4096 and, but for the tensor's last
     block, hold whole blocks; ValueError otherwise. Results are rounded once.
 
-    program: (weights, keep, base, vote, zero_vote, divisor, divisor_value, scale, copy, seed, tensor) with keep a
-    list of None or
-    (tau, ties, word, index), ties 0 all, 1 none, 2 hash, 3 index; vote 0 none, 1 weighted; divisor 0 none, 1 value,
-    2 agreeing_weights, 3 agreeing_count.
+    program: the fields of ops.program.Program by name, numbers and codes in place of names: vote 0 none, 1 weighted,
+    2 plain, 3 count; merge 0 sum, 1 max, 2 largest, 3 importance, 4 balance; divisor 0 none, 1 value,
+    2 agreeing_weights, 3 agreeing_count, 4 kept_count. A point is (tau, ties, word, index), ties 0 all, 1 none, 2 hash,
+    3 index; a rule None, (1, point), (2, wide or None, top), (3, threshold of Draw), (4,) for Marked, (5, low, span,
+    single, divide) or (6, first, last); a table None or (axis, length, tensor, values), axis 1 rows, 2 columns,
+    3 groups, values a contiguous buffer of float64 that is not copied. `thresholds` and `at_least` are those of Useful,
+    `balance` a list of (lo, hi, spread, cut, top), `rows` (length, stride) or (0, 0).
     """
 
 def philox(seed: int, tensor: int, stream: int, first: int, count: int) -> list[int]:

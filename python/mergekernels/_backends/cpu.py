@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from .. import _cpu
 from .._native import as_tuple
 from ..errors import BackendError
-from ..ops.keep import Keep
-from ..ops.program import Program
+from ..ops.keep import Band, Draw, Keep, KeepRule, Marked, RankDraw
+from ..ops.program import Program, Table
 from ..ops.sweeps import Sweep
 from ..tensors import DType, Piece, TensorView
-from ._sweeps import per_search, points
+from ._sweeps import per_search
 
 __all__ = ["FEATURES", "stream", "sweep", "why_not"]
 
 _TIES = {"all": 0, "none": 1, "hash": 2, "index": 3}
-_VOTE = {"none": 0, "weighted": 1}
-_DIVISOR = {"none": 0, "value": 1, "agreeing_weights": 2, "agreeing_count": 3}
+_VOTES = ("none", "weighted", "plain", "count")
+_MERGES = ("sum", "max", "largest", "importance", "balance")
+_DIVISORS = ("none", "value", "agreeing_weights", "agreeing_count", "kept_count")
+_AXES = {"rows": 1, "columns": 2, "groups": 3}
 
 FEATURES: frozenset[str] = frozenset()
 """See dispatch.Backend."""
@@ -95,19 +98,7 @@ def stream(
 ) -> None:
     """See ops.program.Program."""
     _cpu.stream(
-        (
-            list(program.weights),
-            [None if k is None else _keep(k) for k in points(program)],
-            program.base,
-            _VOTE[program.vote],
-            program.zero_vote,
-            _DIVISOR[program.divisor],
-            program.divisor_value,
-            program.scale,
-            program.copy,
-            program.seed,
-            program.tensor,
-        ),
+        _fields(program),
         (piece.g0, piece.rows, piece.cols, piece.ld),
         None if base is None else as_tuple(base),
         [as_tuple(v) for v in models],
@@ -119,5 +110,58 @@ def stream(
     )
 
 
-def _keep(keep: Keep) -> tuple[int, int, int, int]:
-    return (keep.tau, _TIES[keep.ties], keep.word, keep.index)
+def _fields(program: Program) -> dict[str, Any]:
+    """A program as native code takes it; see _cpu.stream."""
+    useful, rows = program.useful, program.rows
+    return {
+        "weights": program.weights,
+        "keep": [_rule(k) for k in program.keep],
+        "base": program.base,
+        "subtract": program.subtract,
+        "anchor_first": program.anchor == "first",
+        "copy": program.copy,
+        "vote": _VOTES.index(program.vote),
+        "zero_vote": program.zero_vote,
+        "merge": _MERGES.index(program.merge),
+        "divisor": _DIVISORS.index(program.divisor),
+        "divisor_value": program.divisor_value,
+        "divisor_floor": program.divisor_floor,
+        "scale": program.scale,
+        "epsilon": program.epsilon,
+        "seed": program.seed,
+        "tensor": program.tensor,
+        "factors": program.factors,
+        "alone": program.alone,
+        "limit": program.limit,
+        "thresholds": () if useful is None else useful.thresholds,
+        "at_least": 0 if useful is None else useful.at_least,
+        "balance": [(b.lo, b.hi, b.spread, b.cut, b.top) for b in program.balance],
+        "joint": None if program.joint is None else _point(program.joint),
+        "importance": _table(program.importance),
+        "table": _table(program.table),
+        "rows": (0, 0) if rows is None else (rows.length, rows.stride),
+    }
+
+
+def _rule(rule: KeepRule | None) -> tuple[Any, ...] | None:
+    if rule is None:
+        return None
+    if isinstance(rule, Keep):
+        return (1, _point(rule))
+    if isinstance(rule, Band):
+        return (2, None if rule.wide is None else _point(rule.wide), _point(rule.top))
+    if isinstance(rule, Draw):
+        return (3, rule.threshold)
+    if isinstance(rule, Marked):
+        return (4,)
+    if isinstance(rule, RankDraw):
+        return (5, rule.low, rule.span, rule.single, rule.divide)
+    return (6, rule.first, rule.last)
+
+
+def _point(point: Keep) -> tuple[int, int, int, int]:
+    return (point.tau, _TIES[point.ties], point.word, point.index)
+
+
+def _table(table: Table | None) -> tuple[int, int, int, Any] | None:
+    return None if table is None else (_AXES[table.axis], table.length, table.tensor, table.values)
