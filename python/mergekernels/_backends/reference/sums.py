@@ -77,9 +77,9 @@ def reduce(
     steps = evaluate(program, piece, base, models, compute)
     slot = 0
     for name in request.quantities:
-        for values in _quantity(name, steps):
-            _add(sums, slot, Segments("tensor", 1, 0), steps.g, values)
-            slot += 1
+        for i, values in enumerate(_quantity(name, steps)):
+            _add(sums, slot + i, Segments("tensor", 1, 0), steps.g, values)
+        slot += Reduce((name,)).num_slots(len(program.weights))
 
 
 def _quantity(name: str, steps: Steps) -> list[torch.Tensor]:
@@ -97,6 +97,13 @@ def _quantity(name: str, steps: Steps) -> list[torch.Tensor]:
         return [torch.where(agree, q, torch.zeros_like(q)) for agree in steps.merged.agree]
     if name == "importance_squares":
         return [f.double() * f.double() for f in steps.fisher]
+    if name == "kept_count":
+        return [(e != 0).double() for e in steps.kept]
+    if name == "alone_count":
+        one = torch.stack([e != 0 for e in steps.kept]).sum(0) == 1
+        return [(one & (e != 0)).double() for e in steps.kept]
+    if name == "negative_count":
+        return [(f < 0).double() for f in steps.fisher]
     if name == "total_abs":
         return [ordered_sum(steps.deltas).double().abs()]
     return [steps.y.double().abs()]
