@@ -9,6 +9,7 @@ import sys
 import jinja2
 import pytest
 
+from mergekernels import methods
 from mergekernels.engine.recipe import load_recipe, resolve
 from mergekernels.engine.recipe.names import Stack, find_stack, is_embedding_side
 from mergekernels.errors import PlanError
@@ -111,14 +112,12 @@ def test_donor_without_base_is_the_first_model(here):
         ),
         (
             LINEAR.replace("linear", "tiess"),
-            "line 2: this version has no merge method 'tiess'; "
-            "expected one of linear, task_arithmetic, ties, passthrough. "
+            f"line 2: this version has no merge method 'tiess'; expected one of {', '.join(methods())}. "
             "Did you mean 'ties'?",
         ),
         (
-            LINEAR.replace("linear", "dare_ties"),
-            "line 2: this version has no merge method 'dare_ties'; "
-            "expected one of linear, task_arithmetic, ties, passthrough",
+            LINEAR.replace("linear", "wanda_ties"),
+            f"line 2: this version has no merge method 'wanda_ties'; expected one of {', '.join(methods())}",
         ),
         (LINEAR + "dialect: papr\n", "line 6: linear has no dialect 'papr'; expected one of default"),
         (LINEAR + "dialect: mergekit\n", "line 6: linear has no dialect 'mergekit'; expected one of default"),

@@ -111,7 +111,7 @@ class DareTies(_Dare):
         formula=_FORMULA + "s = +1 if w1 d~1 + ... + wT d~T >= 0, else -1; "
         "y = x0 + lambda (sum of the wt d~t of sign s), with normalize divided by the sum of their wt",
         params=(
-            weight("weight of each task vector, applied before the vote (peft: after it)", optional_in=("paper",)),
+            weight("weight of each task vector, applied before the vote", optional_in=("paper",)),
             DENSITY,
             LAMBDA,
             Param(

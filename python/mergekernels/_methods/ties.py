@@ -39,7 +39,7 @@ class Ties(Pipeline):
             "y = x0 + lambda (sum of the wt d~t of sign s) / (sum of their wt)"
         ),
         params=(
-            weight("weight of each task vector, applied before the vote (peft: after it)", optional_in=("paper",)),
+            weight("weight of each task vector, applied before the vote", optional_in=("paper",)),
             DENSITY,
             LAMBDA,
             Param(
