@@ -47,6 +47,9 @@ from mergekernels.ops.sums import QUANTITIES, Gram, Reduce, Segments
 from mergekernels.ops.sweeps import Interval, Sweep
 from mergekernels.tensors import BF16, CANONICAL_BLOCK, F16, F32, F64, DType, Piece, TensorView, compute_dtype
 
+# The tensors are small: two threads of torch that wait for each other cost more than they save.
+torch.set_num_threads(1)
+
 Cut = Literal["whole", "cut"]
 DTYPES = (BF16, F16, F32, F64)
 
@@ -421,12 +424,15 @@ def _run_sweep(backend: Any, case: SweepCase, device: str, threads: int, cut: Cu
         facts += [m, stats.before(m), inside, stats.overflowed(m), stats.histogram(m)]
         if stats.overflowed(m):
             continue
-        facts.append(stats.order_statistics(m, list(range(1, inside + 1))))
-        if inside and interval.stage == "tie":
-            offsets, ids = [case.offset], [case.tensor]
-            facts += [
-                stats.tie_point(m, r, interval.tau, order, request.seed, offsets, ids) for r in (1, (inside + 1) // 2)
-            ]
+        ranks = sorted({1 + r * max(1, inside // 40) for r in range(min(inside, 41))} & set(range(1, inside + 1)))
+        found = stats.order_statistics(m, ranks)
+        facts += [found, [stats.count_ordinal(m, ordinal) for ordinal in found[::8]]]
+        offsets, ids = [case.offset], [case.tensor]
+        if interval.stage == "tie":
+            points = [(interval.tau, rank) for rank in ranks[::8]]
+        else:
+            points = [(ordinal, r) for ordinal in found[::8] for r in {1, stats.count_ordinal(m, ordinal)[1]}]
+        facts += [stats.tie_point(m, r, tau, order, request.seed, offsets, ids) for tau, r in points]
     return facts
 
 
