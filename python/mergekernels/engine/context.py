@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from .._backends._device import place
 from .._backends.dispatch import Backend, load
-from ..errors import DataError
-from ..tensors import CANONICAL_BLOCK, TensorView
+from ..errors import ArgumentError, DataError
+from ..tensors import CANONICAL_BLOCK, DType, Piece, TensorView
 from .buffers import Tiles
 from .fileops import read_exact
 from .inputs import InputFiles, Stream, streams_of
@@ -17,6 +17,7 @@ from .io import Io
 from .plan import Plan
 from .resolved import ResolvedTensor
 from .specs import sources_of
+from .tiling import Tiling
 
 __all__ = ["Context", "OpenTensor", "Worker"]
 
@@ -48,7 +49,7 @@ class Context:
     def workers(self) -> list[Worker]:
         """The workers that the plan's budget pays for."""
         budget = self.plan.budget
-        return [Worker(budget.sources + 1, budget.tile * budget.itemsize) for _ in range(budget.threads)]
+        return [Worker(budget.sources + 1, budget.buffer) for _ in range(budget.threads)]
 
     def warn(self, text: str) -> None:
         """Adds a warning to the report."""
@@ -57,9 +58,10 @@ class Context:
 
 
 class OpenTensor:
-    """The sources of one output tensor: models in order, then the base; open files, and tiles of elements.
+    """The sources of one output tensor: models (and what accompanies them) in order, then the base; open files, and
+    tiles of elements.
 
-    n : elements. tile : elements of a tile, a multiple of 4096. num_tiles : at least 1 for a tensor with elements.
+    n : elements. tile : elements of a usual tile, a multiple of 4096. room : elements that a tile's memory can hold.
     """
 
     def __init__(self, ctx: Context, tensor: ResolvedTensor, n: int) -> None:
@@ -70,17 +72,18 @@ class OpenTensor:
         self._files = ctx.inputs
         self.streams: list[Stream] = streams_of(merge.inputs, sources_of(tensor), ctx.inputs.first)
         self.has_base = tensor.base is not None
+        self._first_companion = len(tensor.models) - tensor.companions
         self.nbytes = sum(s.nbytes for s in self.streams)
         budget = ctx.plan.budget
         widest = max(tensor.dtype.itemsize, *(s.dtype.itemsize for s in self.streams))
         self.tile = budget.tile * budget.itemsize // widest // CANONICAL_BLOCK * CANONICAL_BLOCK
-        self.num_tiles = -(-n // self.tile)
+        self.room = budget.buffer // widest
         self._fds: dict[int, int] = {}
         self._where: list[tuple[int, Stream, str]] = []
 
     @property
     def num_models(self) -> int:
-        """Sources without the base."""
+        """Sources without the base: models, and what accompanies them."""
         return len(self.streams) - self.has_base
 
     def open(self) -> None:
@@ -109,14 +112,42 @@ class OpenTensor:
         read_exact(self._io, fd, memory, stream.offset + start, path)
         worker.bytes_read += len(memory)
 
-    def load(self, worker: Worker, source: int, start: int, count: int) -> TensorView:
-        """Reads `count` elements from element `start` of a source into the worker's tile; the view of it."""
+    def check_room(self, tiling: Tiling) -> None:
+        """Refuses a cut into pieces that the tiles of this run cannot hold.
+
+        Raises
+        ------
+        ArgumentError : where the plan could not foresee the pass.
+        """
+        if tiling.largest <= self.room:
+            return
+        raise ArgumentError(
+            "the tiles of this run cannot hold whole rows of the tensor",
+            code="memory.too-small",
+            tensor=self.tensor.name,
+            expected=f"tiles of {tiling.largest} elements",
+            got=f"{self.room}",
+            hint="Give more memory or fewer threads.",
+        )
+
+    def load(self, worker: Worker, source: int, piece: Piece) -> TensorView:
+        """Reads a piece of a source into the worker's tile; the view of it, dense and flat."""
         fd, stream, path = self._where[source]
         size = stream.dtype.itemsize
-        nbytes = count * size
-        read_exact(self._io, fd, worker.tiles.memory[source][:nbytes], stream.offset + start * size, path)
-        worker.bytes_read += nbytes
-        return worker.tiles.view(source, stream.dtype, self.tensor.cast, count)
+        memory, offset = worker.tiles.memory[source], stream.offset
+        if piece.rows <= 1 or piece.cols == piece.ld:
+            read_exact(self._io, fd, memory[: piece.numel * size], offset + piece.g0 * size, path)
+        else:
+            step = piece.cols * size
+            for row in range(piece.rows):
+                start = offset + (piece.g0 + row * piece.ld) * size
+                read_exact(self._io, fd, memory[row * step : (row + 1) * step], start, path)
+        worker.bytes_read += piece.numel * size
+        return worker.tiles.view(source, stream.dtype, self._cast(source), piece.numel)
+
+    def _cast(self, source: int) -> DType | None:
+        """The load cast of a source: models and base have it, what accompanies the models does not."""
+        return None if self._first_companion <= source < self.num_models else self.tensor.cast
 
     def load_blocks(self, worker: Worker, source: int, starts: Sequence[int], block: int) -> TensorView:
         """Reads blocks of `block` elements, one after the other into one tile."""
@@ -129,7 +160,7 @@ class OpenTensor:
             read_exact(self._io, fd, memory[position : position + step], stream.offset + start * size, path)
             position += step
         worker.bytes_read += position
-        return worker.tiles.view(source, stream.dtype, self.tensor.cast, len(starts) * block)
+        return worker.tiles.view(source, stream.dtype, self._cast(source), len(starts) * block)
 
     def label(self, source: int) -> str:
         """What an error calls a source: its input, and the base as such."""

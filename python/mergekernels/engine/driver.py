@@ -9,11 +9,12 @@ from .._methods.protocol import Coeffs
 from ..errors import MergeError
 from .committer import Committer
 from .context import Context, Worker
+from .copying import CopyJob
 from .events import Progress, ProgressSink, RunReport
 from .fileops import output_error
 from .inputs import Stream, streams_of
 from .io import Io
-from .jobs import CopyJob, MergeJob, Target
+from .jobs import MergeJob
 from .layout import OutputFile
 from .plan import Plan
 from .publish import publish
@@ -25,6 +26,7 @@ from .specs import sources_of
 from .staging import Staging, published
 from .unit import Unit, sync_failure
 from .waves import run_waves
+from .writer import Target
 
 __all__ = ["execute"]
 

@@ -1,75 +1,26 @@
-"""The jobs of a unit: one per output tensor. A merge goes through its method's rounds and the writing pass; a copy is
-one pass.
-"""
+"""The job of a merged tensor: through its method's rounds, then the writing pass."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from math import isfinite, prod, sqrt
-from typing import Any
 
-from .._cpu import StreamStats, SweepStats
+from .._backends.dispatch import require
+from .._cpu import StreamStats
 from .._methods.protocol import Coeffs, Round
-from ..errors import DataError
+from ..errors import ArgumentError
 from ..ops.program import Program
-from ..tensors import CANONICAL_BLOCK, Piece
+from ..ops.sums import Sums
+from ..tensors import CANONICAL_BLOCK
 from .context import Context, OpenTensor, Worker
-from .digesting import OrderedDigest
-from .layout import PlacedTensor
-from .measure import Measure, new_statistics
-from .memory import least_statistics, wanted_statistics
-from .receipts import TensorRecord
-from .unit import Unit
+from .measure import Search, Shared, Sharing, measure_of, new_shared
+from .needs import Needs, is_sum, of_program, of_round, of_tensor
+from .passes import Measure, refuse
+from .summing import Folded, SumsMeasure
+from .survey import widest
+from .tiling import Tiling, flat, slab_unit
+from .writer import Target, Writer
 
-__all__ = ["CopyJob", "MergeJob", "Target"]
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where a job writes.
-
-    passed : told of input bytes read for the first time. sync, done : told when a background sync of the unit is due,
-    and when its last tensor is written.
-    """
-
-    unit: Unit
-    placed: PlacedTensor
-    passed: Callable[[int], None]
-    sync: Callable[[Unit], None]
-    done: Callable[[Unit], None]
-
-
-class _Writer:
-    """The output side of a job: tiles to planned offsets, digest in order, record at the end."""
-
-    def __init__(self, target: Target, tile_bytes: int, tiles: int) -> None:
-        self._target = target
-        self._tile_bytes = tile_bytes
-        self._digest = OrderedDigest(tiles)
-
-    def put(self, worker: Worker, index: int, data: memoryview) -> None:
-        """Writes tile `index`, which is `data`, and hashes what can be hashed."""
-        unit, placed = self._target.unit, self._target.placed
-        if unit.write(data, placed.offset + index * self._tile_bytes):
-            self._target.sync(unit)
-
-        def again(other: int) -> memoryview:
-            start = other * self._tile_bytes
-            size = min(self._tile_bytes, placed.nbytes - start)
-            return unit.read_back(worker.tiles.out[:size], placed.offset + start)
-
-        self._digest.add(index, data, again)
-
-    def finish(self, ctx: Context, statistics: dict[str, Any], warnings: list[str]) -> None:
-        """Hands the tensor's record to the unit."""
-        placed = self._target.placed
-        tensor = ctx.plan.merge.tensors[placed.index]
-        digest = self._digest.hexdigest() if placed.nbytes else hashlib.sha256(b"").hexdigest()
-        record = TensorRecord(tensor.name, tensor.dtype.name, tensor.shape, digest, statistics, tuple(warnings))
-        if self._target.unit.finish(record):
-            self._target.done(self._target.unit)
+__all__ = ["MergeJob"]
 
 
 def _norm(squares: float) -> float | None:
@@ -78,53 +29,76 @@ def _norm(squares: float) -> float | None:
 
 
 class MergeJob:
-    """One merged tensor: sweeps until the method has its coefficients (unless they are given), then the fused pass."""
+    """One merged tensor: rounds until the method has its coefficients (unless they are given), then the fused pass."""
 
     def __init__(self, ctx: Context, target: Target, coeffs: Coeffs | None) -> None:
         self._ctx = ctx
         self._target = target
-        tensor = ctx.plan.merge.tensors[target.placed.index]
+        plan = ctx.plan
+        tensor = plan.merge.tensors[target.placed.index]
         self.name = tensor.name
         self._n = prod(tensor.shape)
         self._source = OpenTensor(ctx, tensor, self._n)
-        self._spec = ctx.plan.specs.spec(target.placed.index)
-        models = self._spec.num_models
-        self.least = least_statistics(models, self._n)
-        selects = coeffs is None and isinstance(ctx.plan.method.start(self._spec), Round)
-        self.want = wanted_statistics(models, self._n, selects=selects)
-        reads = ctx.plan.reads if selects else 1
+        self._spec = plan.specs.spec(target.placed.index)
+        self._state: Round | Coeffs = plan.method.start(self._spec) if coeffs is None else coeffs
+        needs = of_tensor(plan.method, self._spec, self._state, widest(plan.merge, tensor))
+        self.least = needs.statistics
+        self.want = needs.statistics + needs.entries
+        reads = plan.reads if isinstance(self._state, Round) else 1
         self.weight = reads * self._source.nbytes
         self.granted = 0
         self.moved = 0
         self.tiles = 1
-        self._coeffs = coeffs
-        self._state: Round | Coeffs | None = coeffs
         self._measure: Measure | None = None
+        self._doubtful: Folded | None = None
         self._program: Program | None = None
+        self._tiling: Tiling | None = None
         self._stats: StreamStats | None = None
-        self._writer = _Writer(target, self._source.tile * tensor.dtype.itemsize, self._source.num_tiles)
+        self._writer: Writer | None = None
 
     def open(self) -> None:
-        """Opens sources and unit, and starts the method."""
+        """Opens sources and unit."""
         self._source.open()
         self._target.unit.open()
-        if self._state is None:
-            self._state = self._ctx.plan.method.start(self._spec)
         self._next_pass()
 
     def _next_pass(self) -> None:
         method, spec, state = self._ctx.plan.method, self._spec, self._state
         if isinstance(state, Round):
-            room = self.granted - self.least
-            stats = new_statistics(state, spec.num_models, room, self._n)
-            self._measure = Measure.of(self._ctx, self._source, spec, method, state, stats)
-            self.tiles = self._measure.tiles
+            shared = None
+            if not is_sum(state):
+                shared = new_shared(state, self._source.num_models, self.granted - self.least, self._n)
+            self._begin(measure_of(self._ctx, self._source, spec, method, state, shared))
             return
-        assert state is not None
         self._measure = None
         self._program = method.apply(spec, state)
-        self._stats = StreamStats(spec.num_models, -(-self._n // CANONICAL_BLOCK))
-        self.tiles = self._source.num_tiles
+        require(self._ctx.backend, self._program.features)
+        self._refuse_size(of_program(self._program, spec))
+        self._tiling = flat(self._n, self._source.tile, slab_unit(self._program))
+        self._source.check_room(self._tiling)
+        self._stats = StreamStats(self._source.num_models, -(-self._n // CANONICAL_BLOCK))
+        itemsize = self._source.tensor.dtype.itemsize
+        self._writer = Writer(self._target, self._tiling.wide * itemsize, self._tiling.count)
+        self.tiles = self._tiling.count
+
+    def _begin(self, measure: Measure) -> None:
+        if isinstance(self._state, Round) and isinstance(measure, SumsMeasure):
+            self._refuse_size(of_round(self._ctx.plan.method, self._spec, self._state, 1))
+            measure.begin()
+        self._measure = measure
+        self.tiles = measure.tiles
+
+    def _refuse_size(self, needs: Needs) -> None:
+        """Statistics beyond what was granted, in a pass that the method's first round did not let foresee."""
+        if needs.statistics > max(self.granted, self.least):
+            raise ArgumentError(
+                "the memory budget cannot hold the statistics of the tensor",
+                code="memory.too-small",
+                tensor=self.name,
+                expected=f"{needs.statistics} bytes",
+                got=f"{self.granted}",
+                hint="Give more memory or fewer threads.",
+            )
 
     def run(self, worker: Worker, index: int) -> None:
         """One tile of the current pass."""
@@ -140,22 +114,21 @@ class MergeJob:
 
     def _apply(self, worker: Worker, index: int) -> None:
         source, dtype = self._source, self._source.tensor.dtype
-        assert self._program is not None
-        start = index * source.tile
-        count = min(source.tile, source.n - start)
-        views = [source.load(worker, m, start, count) for m in range(len(source.streams))]
+        assert self._program is not None and self._tiling is not None and self._writer is not None
+        piece = self._tiling.piece(index)
+        views = [source.load(worker, m, piece) for m in range(len(source.streams))]
         base = views.pop() if source.has_base else None
         self._ctx.backend.stream(
             self._program,
-            Piece.flat(start, count),
+            piece,
             base if self._program.base else None,
             views,
-            worker.tiles.view(-1, dtype, None, count),
+            worker.tiles.view(-1, dtype, None, piece.numel),
             compute=self._spec.compute,
             stats=self._stats,
             threads=1,
         )
-        self._writer.put(worker, index, worker.tiles.out[: count * dtype.itemsize])
+        self._writer.put(worker, index, worker.tiles.out[: piece.numel * dtype.itemsize])
 
     def advance(self) -> bool:
         """After a pass: the method goes on, or the tensor is done."""
@@ -163,27 +136,36 @@ class MergeJob:
         if measure is None:
             self._finish()
             return False
-        if not measure.sampled:
-            self._refuse(measure.stats)
-        assert isinstance(self._state, Round)
-        self._state = self._ctx.plan.method.resolve(self._spec, self._state, measure.stats, measure.visited)
-        self._measure = None
+        if self._spec.nan == "error":
+            refuse(self._source, measure.nonfinite())
+        if isinstance(measure, SumsMeasure):
+            folded = measure.finish()
+            if self._spec.nan == "error" and SumsMeasure.doubtful(folded):
+                # A sum does not know where it went wrong: look at the values once more.
+                self._doubtful = folded
+                self._begin(Search(self._ctx, self._source, self._spec, StreamStats(self._source.num_models, 0)))
+                return True
+            self._resolve(Sums((folded,)), measure.visited)
+        elif self._doubtful is not None:
+            folded, self._doubtful = self._doubtful, None
+            self._resolve(Sums((folded,)), measure.visited)
+        else:
+            assert isinstance(measure, Sharing)
+            self._resolve(measure.stats, measure.visited)
         self._next_pass()
         return True
 
-    def _refuse(self, stats: SweepStats | StreamStats) -> None:
-        """Strict policy: NaN or Inf in a source ends the run."""
-        if self._spec.nan != "error":
-            return
-        for source in range(len(self._source.streams)):
-            first, count = stats.nonfinite(source)
-            if first >= 0:
-                raise self._source.refuse_nonfinite(source, first, count)
+    def _resolve(self, stats: Shared | Sums, visited: int) -> None:
+        assert isinstance(self._state, Round)
+        self._measure = None
+        self._state = self._ctx.plan.method.resolve(self._spec, self._state, stats, visited)
 
     def _finish(self) -> None:
         stats = self._stats
-        assert stats is not None
-        self._refuse(stats)
+        assert stats is not None and self._writer is not None
+        if self._spec.nan == "error":
+            sources = range(len(self._source.streams))
+            refuse(self._source, ((source, *stats.nonfinite(source)) for source in sources))
         warnings = self._look_at_values(stats)
         self._source.close()
         models = range(self._spec.num_models)
@@ -197,7 +179,7 @@ class MergeJob:
         self._writer.finish(self._ctx, statistics, warnings)
 
     def _look_at_values(self, stats: StreamStats) -> list[str]:
-        first, count = stats.nonfinite(self._spec.num_models + 1)
+        first, count = stats.nonfinite(self._source.num_models + 1)
         if first < 0:
             return []
         if self._spec.nan == "error":
@@ -205,78 +187,3 @@ class MergeJob:
         text = f"tensor '{self.name}': {count} values of the output are NaN or Inf, the first at flat index {first}"
         self._ctx.warn(text)
         return [text]
-
-
-class CopyJob:
-    """One tensor whose bytes are copied; with several sources (an integer buffer) they are compared first.
-
-    Empty tensors of any kind are jobs of this class with nothing to copy.
-    """
-
-    least = 0
-    want = 0
-    granted = 0
-
-    def __init__(self, ctx: Context, target: Target) -> None:
-        self._ctx = ctx
-        self._target = target
-        tensor = ctx.plan.merge.tensors[target.placed.index]
-        self.name = tensor.name
-        self._nbytes = target.placed.nbytes
-        self._source = OpenTensor(ctx, tensor, prod(tensor.shape))
-        self._tile = ctx.plan.budget.tile * ctx.plan.budget.itemsize
-        self._own = len(self._source.streams) - 1 if tensor.base is not None else 0
-        self._differs = False
-        self.weight = self._source.nbytes
-        self.moved = 0
-        tiles = -(-self._nbytes // self._tile)
-        self.tiles = max(1, tiles)
-        self._writer = _Writer(target, self._tile, tiles)
-
-    def open(self) -> None:
-        """Opens sources and unit."""
-        self._source.open()
-        self._target.unit.open()
-
-    def run(self, worker: Worker, index: int) -> None:
-        """One tile: compare, then copy."""
-        before = worker.bytes_read
-        start = index * self._tile
-        size = min(self._tile, self._nbytes - start)
-        if size <= 0:
-            return
-        own = worker.tiles.out[:size]
-        self._source.read_bytes(worker, self._own, own, start)
-        for other in range(len(self._source.streams)):
-            if other != self._own and not self._differs:
-                memory = worker.tiles.memory[0][:size]
-                self._source.read_bytes(worker, other, memory, start)
-                if memory != own:
-                    self._differs = True
-                    self._unequal(other)
-        self._writer.put(worker, index, own)
-        size = worker.bytes_read - before
-        self.moved += size
-        self._target.passed(size)
-
-    def _unequal(self, other: int) -> None:
-        if self._source.has_base:
-            return
-        raise DataError(
-            f"the values of {self._source.label(other)} and {self._source.label(self._own)} differ, "
-            "and there is no base to decide",
-            code="data.buffer",
-            tensor=self.name,
-            expected="equal integer buffers",
-            hint="Name a base_model.",
-        )
-
-    def advance(self) -> bool:
-        """The tensor is done."""
-        self._source.close()
-        warnings = []
-        if self._differs:
-            warnings.append(f"tensor '{self.name}': values differ between the inputs; the base's are taken")
-            self._ctx.warn(warnings[0])
-        self._writer.finish(self._ctx, {}, warnings)
-        return False

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ArgumentError
-from ..ops.sweeps import NUM_BINS
 from ..tensors import CANONICAL_BLOCK
 
 __all__ = [
@@ -18,11 +17,8 @@ __all__ = [
     "cut_budget",
     "default_threads",
     "format_size",
-    "least_statistics",
     "memory_limit",
     "parse_size",
-    "scope_statistics",
-    "wanted_statistics",
 ]
 
 MINIMUM_DEFAULT = 512 << 20
@@ -181,8 +177,8 @@ class Budget:
 
     limit : bytes in all. threads : workers. sources : source tiles per worker. itemsize : bytes per element of the
         widest tensor.
-    tile : elements of a tile, a multiple of 4096. window : tensors in work at a time. pool : bytes for statistics of
-    the tensors in work.
+    tile : elements of a usual tile, a multiple of 4096. buffer : bytes of a tile's memory, which some passes need more
+        of. window : tensors in work at a time. pool : bytes for statistics of the tensors in work.
     """
 
     limit: int
@@ -190,71 +186,53 @@ class Budget:
     sources: int
     itemsize: int
     tile: int
+    buffer: int
     window: int
     pool: int
 
     @property
     def worker_bytes(self) -> int:
         """Bytes of one worker's tiles: its sources, and the output."""
-        return (self.sources + 1) * self.tile * self.itemsize
-
-
-def least_statistics(models: int, n: int) -> int:
-    """Bytes of statistics without which a tensor of `n` elements cannot be merged: block sums, bins, a few entries."""
-    blocks = -(-n // CANONICAL_BLOCK)
-    return models * (8 * blocks + 8 * NUM_BINS + ENTRY_BYTES * MIN_ENTRIES)
-
-
-def wanted_statistics(models: int, n: int, *, selects: bool) -> int:
-    """Bytes of statistics that a tensor of `n` elements makes use of. selects : its method selects."""
-    least = least_statistics(models, n)
-    if not selects:
-        return least
-    # Ties are common, so that an interval of keys may hold several percent of a tensor.
-    return least + ENTRY_BYTES * models * min(n, n // 20 + (1 << 17))
-
-
-def scope_statistics(models: int, n: int) -> int:
-    """Bytes of statistics that a selection over a whole model of `n` elements can fill, all copies together."""
-    return WAVE_COPIES * models * (8 * NUM_BINS + ENTRY_BYTES * max(n, MIN_ENTRIES))
+        return (self.sources + 1) * self.buffer
 
 
 def cut_budget(
     limit: int,
     threads: int,
     sources: int,
-    models: int,
     itemsize: int,
-    largest: int,
+    floor: int,
     *,
+    needed: int = 0,
+    roomy: int = 0,
     best: int = TILE_BYTES,
     tile: int | None = None,
 ) -> Budget:
     """Tiles first, as large as a quarter of the budget allows up to the best size; the rest goes to statistics.
 
-    sources : most tensors read for one output tensor. models : most models that a selection looks at. largest :
-    elements of the largest tensor. best : bytes of one source in a tile, if the budget allows it. tile : elements of
-    a tile, to force it (tests).
+    sources : most tensors read for one output tensor. floor : bytes of statistics without which some tensor cannot be
+    merged. needed : bytes of one source in the smallest tile that serves every pass. roomy : bytes that a pass of
+    columns makes use of. best : bytes of one source in a tile, if the budget allows it. tile : elements of a tile, to
+    force it (tests).
 
     Raises
     ------
     ArgumentError : the budget cannot hold the smallest tiles; the message says what would do.
     """
     window = threads + 2
-    floor = least_statistics(models, largest)
-    smallest = threads * (sources + 1) * CANONICAL_BLOCK * itemsize
-    if smallest + floor > limit:
+    buffers = threads * (sources + 1)
+    least = max(CANONICAL_BLOCK * itemsize, needed)
+    if buffers * least + floor > limit:
         raise ArgumentError(
             "the memory budget cannot hold the smallest tiles",
             code="memory.too-small",
-            expected=f"at least {format_size(smallest + floor)} ({smallest + floor} bytes) for {threads} threads and "
-            f"{sources} inputs",
+            expected=f"at least {format_size(buffers * least + floor)} ({buffers * least + floor} bytes) for {threads} "
+            f"threads and {sources} inputs",
             got=format_size(limit),
             hint="Give more memory or fewer threads.",
         )
+    share = min(max(buffers * least, limit // 4), limit - floor) // buffers
     if tile is None:
-        share = min(max(smallest, limit // 4), limit - floor) // (threads * (sources + 1) * itemsize)
-        tile = min(best // itemsize, share) // CANONICAL_BLOCK * CANONICAL_BLOCK
-        tile = max(CANONICAL_BLOCK, tile)
-    used = threads * (sources + 1) * tile * itemsize
-    return Budget(limit, threads, sources, itemsize, tile, window, max(floor, limit - used))
+        tile = max(CANONICAL_BLOCK, min(best, share) // itemsize // CANONICAL_BLOCK * CANONICAL_BLOCK)
+    buffer = max(tile * itemsize, needed, min(roomy, share))
+    return Budget(limit, threads, sources, itemsize, tile, buffer, window, max(floor, limit - buffers * buffer))

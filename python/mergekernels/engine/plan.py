@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from .._backends._device import place
-from .._backends.dispatch import pick, requested
+from .._backends.dispatch import load, pick, requested, require
 from .._methods import get
-from .._methods.protocol import Method, Round
+from .._methods.protocol import Method
 from ..errors import ArgumentError, BackendError, InputError, MergeError, OutputError, PlanError
 from ..tensors import BF16, TensorView
 from .identity import plan_hash
@@ -24,6 +24,7 @@ from .smallfiles import SmallFile, small_files
 from .specs import Specs, sources_of
 from .staging import OutState, inspect_out
 from .summary import summarise
+from .survey import Survey, survey, widest
 from .target import check_target
 
 __all__ = ["Plan", "make_plan"]
@@ -39,7 +40,7 @@ class Plan:
     merge : the resolved recipe. hash : of all that determines the published bytes. files : the output's safetensors
     files, one unit each. small : other published files, index included, manifest not. budget : how memory is cut.
     backend, device : where tiles are computed. out : None if no output was named; state : what is there.
-    reads : expected full reads of the merged tensors. sampled : whether a sample comes first.
+    survey : what the passes need.
     """
 
     merge: ResolvedMerge
@@ -51,11 +52,15 @@ class Plan:
     device: str
     out: Path | None
     state: OutState
-    reads: int
-    sampled: bool
+    survey: Survey
     specs: Specs
     method: Method
     warnings: tuple[str, ...]
+
+    @property
+    def reads(self) -> int:
+        """Expected full reads of the merged tensors."""
+        return self.survey.reads
 
     @property
     def bytes_in(self) -> int:
@@ -116,7 +121,6 @@ def make_plan(
     name = _pick_backend(backend, device)
     specs = Specs(merge, method)
     count = default_threads(threads)
-    budget = _budget(merge, memory, count, device, tile)
     files = lay_out(merge.tensors, shard_size)
     small, warnings = small_files(io, merge)
     merge = replace(merge, warnings=(*merge.warnings, *warnings))
@@ -134,10 +138,10 @@ def make_plan(
             problems += _check_space(target, files, state)
     if problems:
         raise PlanError(problems)
-    reads, sampled = _passes(specs, method)
-    return Plan(
-        merge, digest, files, small, budget, name, device, target, state, reads, sampled, specs, method, merge.warnings
-    )
+    found = survey(specs, method)
+    require(place(load(name), device), found.features)
+    budget = _budget(merge, found, memory, count, device, tile)
+    return Plan(merge, digest, files, small, budget, name, device, target, state, found, specs, method, merge.warnings)
 
 
 def _pick_backend(backend: str | None, device: str) -> str:
@@ -157,31 +161,24 @@ def _pick_backend(backend: str | None, device: str) -> str:
     return name
 
 
-def _budget(merge: ResolvedMerge, memory: str | int | None, threads: int, device: str, tile: int | None) -> Budget:
-    sources = models = itemsize = largest = 1
+def _budget(
+    merge: ResolvedMerge, found: Survey, memory: str | int | None, threads: int, device: str, tile: int | None
+) -> Budget:
+    sources = itemsize = 1
     for t in merge.tensors:
-        used = sources_of(t)
-        sources, models = max(sources, len(used)), max(models, len(t.models))
-        sizes = [merge.inputs[s.input].tensors[s.tensor].dtype.itemsize for s in used]
-        itemsize = max(itemsize, t.dtype.itemsize, *sizes)
-        largest = max(largest, prod(t.shape))
+        sources, itemsize = max(sources, len(sources_of(t))), max(itemsize, widest(merge, t))
     best = TILE_BYTES if device == "cpu" else _GPU_TILE
-    return cut_budget(memory_limit(memory), threads, sources, models, itemsize, largest, best=best, tile=tile)
-
-
-def _passes(specs: Specs, method: Method) -> tuple[int, bool]:
-    """(full reads, whether a sample is taken) that are expected of the most demanding tensor."""
-    reads, sampled = 1, False
-    if specs.model_scope is not None:
-        states = [specs.first_state(method)[1]]
-    else:
-        states = [method.start(specs.spec(i)) for i in specs.members]
-    for state in states:
-        if isinstance(state, Round):
-            reads = max(reads, 2)
-            if state.selection is not None and state.selection.sample < 1.0:
-                sampled = True
-    return reads, sampled
+    return cut_budget(
+        memory_limit(memory),
+        threads,
+        sources,
+        itemsize,
+        found.floor,
+        needed=found.needed,
+        roomy=found.roomy,
+        best=best,
+        tile=tile,
+    )
 
 
 def _check_sizes(merge: ResolvedMerge) -> list[MergeError]:

@@ -30,8 +30,10 @@ class ResolvedTensor:
     action "merge": `method` is applied to `models` (and `base`). action "buffer": an integer or bool tensor, equal in
     all sources and copied; where sources differ the base's value is taken with a warning, and without a base the unit
     aborts. action "copy": the single source's bytes.
-    dtype : of the output. cast : load cast of every source (None for none). params : recipe name -> value, per-model
+    dtype : of the output. cast : load cast of models and base (None for none). params : recipe name -> value, per-model
     ones as tuples, complete with defaults and checked.
+    companions : how many of `models`, the last ones, are not models but accompany them, one each.
+    block : (number of its layer, number of layers of the output), None outside the layer stack.
     """
 
     name: str
@@ -42,6 +44,8 @@ class ResolvedTensor:
     base: Source | None = None
     cast: DType | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
+    companions: int = 0
+    block: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ class Scheduler(Generic[W]):
         self._window = window
         self._free = pool
         self._pool = pool
+        self._reserved = 0
         self._changed = threading.Condition()
         self._active: list[_Active[W]] = []
         self._admitting = False
@@ -81,10 +82,11 @@ class Scheduler(Generic[W]):
         self._ended = threading.Lock()
         self.peak = 0
 
-    def run(self, jobs: Iterable[Job[W]], tick: Callable[[int, str], None] | None = None) -> None:
+    def run(self, jobs: Iterable[Job[W]], tick: Callable[[int, str], None] | None = None, *, reserved: int = 0) -> None:
         """Works through `jobs` in order; returns when all are done.
 
         tick : called about ten times a second from this thread with (weight done, name of a tensor in work).
+        reserved : bytes of the pool that the caller holds.
 
         Raises
         ------
@@ -92,7 +94,8 @@ class Scheduler(Generic[W]):
         """
         self._jobs = iter(jobs)
         self._active = []
-        self._free = self._pool
+        self._free = self._pool - reserved
+        self._reserved = reserved
         self._finished = 0
         self._admitting = self._stop = False
         self._waiting = self._error = None
@@ -190,7 +193,7 @@ class Scheduler(Generic[W]):
         job = self._waiting
         if job is None:
             return None
-        if min(job.want, self._pool) > self._free and self._active:
+        if min(job.want, self._pool - self._reserved) > self._free and self._active:
             return None
         job.granted = max(job.least, min(job.want, self._free))
         self._free -= job.granted

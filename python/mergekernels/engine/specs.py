@@ -46,9 +46,11 @@ class Specs:
         self.model_scope = self._model_scope() if self.scope == "model" else None
 
     def _dtypes(self, tensor: ResolvedTensor) -> list[DType]:
+        sources = sources_of(tensor)
         if tensor.cast is not None:
-            return [tensor.cast]
-        return [self.merge.inputs[s.input].tensors[s.tensor].dtype for s in sources_of(tensor)]
+            sources = tensor.models[len(tensor.models) - tensor.companions :]
+        dtypes = [self.merge.inputs[s.input].tensors[s.tensor].dtype for s in sources]
+        return dtypes if tensor.cast is None else [*dtypes, tensor.cast]
 
     def _model_scope(self) -> Scope:
         offsets, ids, total = [], [], 0
@@ -95,7 +97,7 @@ class Specs:
         else:
             scope = Scope((0,), (number,), n, "F64" if compute.name == "F64" else "F32")
         return Spec(
-            num_models=len(tensor.models),
+            num_models=len(tensor.models) - tensor.companions,
             has_base=tensor.base is not None,
             params=tensor.params,
             n=n,
@@ -107,4 +109,6 @@ class Specs:
             seed=self.merge.seed,
             offset=offset,
             nan=self.merge.nan,
+            shape=tensor.shape,
+            block=tensor.block,
         )

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 from .identity import canonical_json
-from .memory import scope_statistics, wanted_statistics
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -58,7 +56,7 @@ def summarise(plan: Plan) -> dict[str, Any]:
             "aliases": dict(merge.aliases),
         },
         "scope": plan.specs.scope,
-        "passes": {"reads": plan.reads, "sampled": plan.sampled, "writes": 1},
+        "passes": {"reads": plan.reads, "sampled": plan.survey.sampled, "writes": 1},
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "peak_memory": _peak(plan),
@@ -81,16 +79,9 @@ def summarise(plan: Plan) -> dict[str, Any]:
 
 def _peak(plan: Plan) -> int:
     """Most bytes of tiles and statistics at a time."""
-    budget = plan.budget
+    budget, found = plan.budget, plan.survey
     tiles = budget.threads * budget.worker_bytes
-    merged = [(len(t.models), prod(t.shape)) for t in plan.merge.tensors if t.action == "merge"]
-    scope = plan.specs.model_scope
-    # With common coefficients the tensors themselves select nothing.
-    selects = plan.reads > 1 and scope is None
-    wants = sorted((wanted_statistics(models, n, selects=selects) for models, n in merged), reverse=True)
-    statistics = sum(wants[: budget.window])
-    if scope is not None and plan.reads > 1:
-        statistics = max(statistics, scope_statistics(max(models for models, _ in merged), scope.n))
+    statistics = max(found.scope, sum(found.wants[: budget.window]))
     return tiles + min(budget.pool, statistics)
 
 

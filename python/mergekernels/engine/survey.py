@@ -1,0 +1,73 @@
+"""What the tensors of a merge will need, found before anything is read: by asking the method how it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .._methods.protocol import Coeffs, Method, Round
+from .needs import Needs, is_sum, of_scope, of_tensor
+from .resolved import ResolvedMerge, ResolvedTensor
+from .specs import Specs, sources_of
+
+__all__ = ["Survey", "survey", "widest"]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """reads : expected full reads of the most demanding tensor. sampled : whether a sample comes first.
+
+    features : what the backend must be able to do, as far as it shows. needed, roomy : bytes of one source in a tile,
+    see `cut_budget`. floor : bytes of statistics without which some tensor cannot be merged.
+    wants : bytes of statistics that each tensor makes use of, descending. scope : bytes that a wave over the whole
+    model makes use of.
+    """
+
+    reads: int
+    sampled: bool
+    features: frozenset[str]
+    needed: int
+    roomy: int
+    floor: int
+    wants: tuple[int, ...]
+    scope: int
+
+
+def widest(merge: ResolvedMerge, tensor: ResolvedTensor) -> int:
+    """Bytes of the widest element of a tensor's sources and its result."""
+    sizes = [merge.inputs[s.input].tensors[s.tensor].dtype.itemsize for s in sources_of(tensor)]
+    return max(tensor.dtype.itemsize, *sizes)
+
+
+def survey(specs: Specs, method: Method) -> Survey:
+    """Ask for every tensor of a merge.
+
+    Raises
+    ------
+    ArgumentError : a parameter does not fit a tensor. InputError : tensors of one scope ask for unlike measurements.
+    """
+    merge = specs.merge
+    common: Round | Coeffs | None = None
+    shared = scope = 0
+    if specs.model_scope is not None:
+        members, common = specs.first_state(method)
+        if isinstance(common, Round):
+            scope = of_scope(method, members, common)
+            # Sums of all tensors are held together, beside those of the tensors in work.
+            shared = scope if is_sum(common) else 0
+    found = Needs(0)
+    needed = roomy = 0
+    reads, sampled = 1, False
+    wants = []
+    for index in specs.members:
+        spec = specs.spec(index)
+        state = common if common is not None else method.start(spec)
+        size = widest(merge, merge.tensors[index])
+        needs = of_tensor(method, spec, state, size)
+        found = found.joined(needs)
+        needed, roomy = max(needed, needs.tile * size), max(roomy, needs.roomy * size)
+        wants.append(needs.statistics + needs.entries)
+        if isinstance(state, Round):
+            reads = 2
+            sampled = sampled or (state.selection is not None and state.selection.sample < 1.0)
+    wants.sort(reverse=True)
+    return Survey(reads, sampled, found.features, needed, roomy, found.statistics + shared, tuple(wants), scope)
