@@ -77,6 +77,8 @@ def plan_hash(merge: ResolvedMerge, files: Sequence[OutputFile], small: Sequence
             _source(t.base),
             None if t.cast is None else t.cast.name,
             _params(t.params),
+            t.companions,
+            t.block,
         ]
         for t in merge.tensors
     ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import Literal
 
 from .._methods.protocol import Coeffs, Method, Round, Spec
 from ..errors import InputError
 from ..ops.selection import Scope
+from ..ops.sums import Segments
 from ..tensors import DType, compute_dtype, tensor_id
 from .resolved import ResolvedMerge, ResolvedTensor, Source
 
@@ -72,7 +74,7 @@ class Specs:
         specs = [self.spec(i) for i in self.members]
         states = [method.start(spec) for spec in specs]
         for spec, state in zip(specs, states, strict=True):
-            if state != states[0]:
+            if _comparable(state) != _comparable(states[0]):
                 raise InputError(
                     "what is measured over the whole model must be asked for alike by all tensors",
                     code="scope.unequal",
@@ -112,3 +114,10 @@ class Specs:
             shape=tensor.shape,
             block=tensor.block,
         )
+
+
+def _comparable(state: Round | Coeffs) -> Round | Coeffs:
+    """A state without the size of the tensor over all of which it sums."""
+    if isinstance(state, Round) and state.gram is not None and state.gram.segments.axis == "tensor":
+        return replace(state, gram=replace(state.gram, segments=Segments("tensor", 1, 0)))
+    return state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..._methods.arguments import default_of
@@ -34,6 +34,7 @@ class Assembler:
         inputs: Sequence[Checkpoint],
         shared: Mapping[str, Setting],
         *,
+        where: Callable[[str], int],
         cast: DType | None,
         out: DType | None,
         problems: list[MergeError],
@@ -45,6 +46,7 @@ class Assembler:
         self.nan = nan
         self.inputs = inputs
         self.shared = shared
+        self.where = where
         self.cast = cast
         self.out = out
         self.problems = problems
@@ -89,9 +91,43 @@ class Assembler:
         params = self._params(output)
         if params is None:
             return None
+        companions = self._companions(output, params, shape)
+        if companions is None:
+            return None
         work = self.cast or promote(dtypes)
         cast = self.cast if any(d is not self.cast for d in dtypes) else None
-        return ResolvedTensor(output.name, shape, self.out or work, "merge", models, base, cast, params)
+        return ResolvedTensor(
+            output.name,
+            shape,
+            self.out or work,
+            "merge",
+            (*models, *companions),
+            base,
+            cast,
+            params,
+            len(companions),
+            output.block,
+        )
+
+    def _companions(
+        self, output: Output, params: Mapping[str, Any], shape: tuple[int, ...]
+    ) -> tuple[Source, ...] | None:
+        """The tensors that accompany those of the models; None after noting what is wrong with them."""
+        name = self.method.info.companions
+        found = []
+        for index, label in zip(output.slice.models, params[name] if name else (), strict=False):
+            position, tensor = self.where(label), output.tensors[index]
+            info = self.inputs[position].tensors.get(tensor or "")
+            if info is None:
+                self._missing.setdefault(position, []).append(tensor or output.name)
+            elif info.shape != shape:
+                got = f"'{label}': {list(info.shape)}"
+                self._note(f"{name} and model differ in shape", output.name, expected=str(list(shape)), got=got)
+            elif not info.dtype.is_float:
+                self._unsupported.setdefault((position, info.dtype.name), []).append(info.name)
+            else:
+                found.append(Source(position, info.name))
+        return tuple(found) if not name or len(found) == len(output.slice.models) else None
 
     def _name_in(self, source: SliceSource, output: Output) -> str:
         """What the missing tensor would be called in `source`."""

@@ -28,6 +28,7 @@ class Inputs:
         self.checkpoints: list[Checkpoint] = []
         self.problems: list[MergeError] = []
         self._known: dict[str, int] = {}
+        self._labels: dict[str, int] = {}
         self.failed: set[str] = set()
 
     def add(self, reference: Reference, loc: tuple[str | int, ...]) -> int | None:
@@ -41,6 +42,7 @@ class Inputs:
             # `b` and `./b` are one input; a link to it is another, which lets one model be merged twice on purpose.
             key = written if written in self.located else os.path.abspath(path)
             if key in self._known:
+                self._labels[label] = self._known[key]
                 return self._known[key]
             checkpoint = open_checkpoint(path, label=label)
             _refuse_quantised(checkpoint)
@@ -51,9 +53,13 @@ class Inputs:
                     problem.file, problem.line = self.document.file or None, self.document.line(loc)
                 self.problems.append(problem)
             return None
-        position = self._known[key] = len(self.checkpoints)
+        position = self._known[key] = self._labels[label] = len(self.checkpoints)
         self.checkpoints.append(checkpoint)
         return position
+
+    def position(self, label: str) -> int:
+        """The position of a model that was added under this name."""
+        return self._labels[label]
 
     def locate(self, reference: Reference) -> Path:
         """The folder or file of a model.

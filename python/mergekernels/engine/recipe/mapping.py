@@ -16,13 +16,15 @@ __all__ = ["Output", "Tying", "depth", "expand", "find_tying"]
 class Output:
     """One output tensor. tensors : its name in each source of `slice`, None where that source lacks it.
 
-    t : position in the slice's gradients, None outside the stack.
+    t : position in the slice's gradients, None outside the stack. block : (number of its layer, number of layers),
+    likewise.
     """
 
     name: str
     slice: Slice
     t: float | None
     tensors: tuple[str | None, ...]
+    block: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def expand(
         layers.append(by_layer)
         outside.append(rest)
     outputs = _outside(slices[0], inputs, outside, tying, first=True)
-    number = 0
+    number, total = 0, sum(s.length for s in slices)
     for slice_ in slices:
         for offset in range(slice_.length):
             assert stack is not None
@@ -105,7 +107,7 @@ def expand(
                     stack.join(s.first + offset, rest_) if rest_ in has else None
                     for s, has in zip(slice_.sources, present, strict=True)
                 )
-                outputs.append(Output(stack.join(number, rest_), slice_, t, names))
+                outputs.append(Output(stack.join(number, rest_), slice_, t, names, (number, total)))
             number += 1
     return outputs + _outside(slices[-1], inputs, outside, tying, first=False)
 

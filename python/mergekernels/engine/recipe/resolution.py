@@ -76,6 +76,8 @@ class _Resolution:
                 warnings=self.warnings,
             )
         open_inputs(schema, self.inputs)
+        if builder is not None:
+            builder.open_companions()
         opened = not self.inputs.problems
         self.problems += self.inputs.problems
         checkpoints = list(self.inputs.checkpoints)
@@ -100,6 +102,7 @@ class _Resolution:
             schema.nan,
             checkpoints,
             shared,
+            where=self.inputs.position,
             cast=dtype_of(schema.dtype or ""),
             out=out,
             problems=self.problems,

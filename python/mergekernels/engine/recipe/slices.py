@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from ..._methods.protocol import MethodInfo
@@ -111,6 +111,15 @@ class SliceBuilder:
             warnings=self.warnings,
         )
 
+    def open_companions(self) -> None:
+        """Opens what accompanies the models, by the names that any level of parameters gives."""
+        name = self.info.companions
+        for loc, level in self.levels.items():
+            setting = level.get(name) if name else None
+            if setting is not None:
+                for path in dict.fromkeys(value for c in setting.conditions for value in c.values):
+                    self.inputs.add(Reference(path), (*loc, "parameters", name))
+
     def error(
         self,
         loc: Loc,
@@ -203,7 +212,7 @@ class SliceBuilder:
         if any(s.input == position for s in others):
             self.error(loc, f"model '{label}' is listed twice", expected="each model once")
         is_base = position == base
-        merged = not is_base or self.info.base == "input"
+        merged = not is_base or self.info.base in ("input", "first")
         settings = self.levels.get(loc, {})
         params = {p.name: p for p in self.info.params}
         for name in list(settings):
@@ -221,10 +230,13 @@ class SliceBuilder:
     def _checked(self, slice_: Slice) -> Slice | None:
         """The slice, if it has a base where one is needed and a possible number of models."""
         info, count = self.info, len(slice_.models)
-        if info.base == "required" and all(not s.is_base for s in slice_.sources):
+        if info.base in ("required", "first") and all(not s.is_base for s in slice_.sources):
             if self.schema.base_model is None:
                 self.error(("merge_method",), f"{info.name} needs a base_model", code="recipe.missing-base")
             return None
+        if info.base == "first":
+            count -= 1
+            slice_ = replace(slice_, sources=tuple(sorted(slice_.sources, key=lambda s: not s.is_base)))
         if not info.min_models <= count <= info.max_models:
             what = "models" if info.base == "input" else "models beside the base"
             if info.min_models == info.max_models:
