@@ -314,7 +314,7 @@ def test_missing_required_parameter(models):
     text = TIES.replace("parameters: {weight: 2}", "parameters: {weight: [{filter: mlp, value: 1}]}")
     assert problems_of(text) == [
         "line 7: required parameter 'weight' of 'm2' is missing for tensor 'model.embed_tokens.weight'; "
-        "expected weight of each task vector, applied before the vote (peft: after it). "
+        "expected weight of each task vector, applied before the vote. "
         "Give it under the model, or under the top-level parameters for all (ties)"
     ]
 
