@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ._backends.dispatch import pick, requested
 from ._checks import check_out
 from ._methods import get
 from ._methods.arguments import bind
+from ._methods.modifiers import Then, modified, read_then
 from ._methods.protocol import Coeffs, Method, Spec
 from ._native import torch_dtype
 from ._rounds import resolve_scope
 from .errors import ArgumentError
+from .ops.arguments import check_integer
 from .ops.inputs import Inputs, gather, num_threads
 from .ops.output import check_out_dtype
 from .ops.selection import Scope
@@ -39,6 +41,7 @@ class Call:
     threads: int
     shard_dim: int
     companions: tuple[Any, ...] = ()
+    blocks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -51,6 +54,7 @@ class Call:
         backend: str | None,
         threads: int | None,
         shard_dim: int,
+        then: Then = (),
     ) -> Call:
         """Check what does not depend on the tensors."""
         if not isinstance(method, str):
@@ -66,7 +70,10 @@ class Call:
         given = dict(arguments)
         if weights is not None:
             given["weights"] = weights
-        chosen = get(method)
+        modifiers = read_then(then)
+        chosen = modified(get(method), [name for name, _ in modifiers])
+        for modifier, parameters in modifiers:
+            given |= {f"{modifier}.{name}": value for name, value in parameters.items()}
         companions = _companions(chosen, given)
         given = {name: _plain(value) for name, value in given.items()}
         return Call(chosen, given, dialect, nan, seed, requested(backend), num_threads(threads), shard_dim, companions)
@@ -118,6 +125,7 @@ class Call:
             seed=self.seed,
             nan=self.nan,
             shape=inputs.shape,
+            block=self.blocks.get(inputs.name),
         )
 
     def check_arity(self, num_models: int, has_base: bool, name: str = "") -> None:
@@ -225,6 +233,8 @@ def merge(
     out: Any = None,
     threads: int | None = None,
     shard_dim: int = 0,
+    then: Then = (),
+    block: tuple[int, int] | None = None,
     **params: Any,
 ) -> Any:
     """Merge one tensor from several models.
@@ -244,6 +254,8 @@ def merge(
     backend : "cpu", "reference", "triton", "cuda"; default `use_backend`, then MERGEKERNELS_BACKEND, then the best
         for the device. threads : of the cpu backend, default torch's count.
     shard_dim : the dimension along which lists of shards are cut: 0 rows (default), 1 columns, and so on.
+    then : modifiers of the merged task vector, [("lines", {"alpha": 0.2})].
+    block : (number of the layer block that the tensor belongs to, number of blocks), None outside the blocks.
     params : the method's own parameters (density=0.2, scale=0.5), one value or one per model where the method says so.
 
     Returns
@@ -255,6 +267,15 @@ def merge(
     ------
     ArgumentError, BackendError, DataError : before anything is computed, except for what only the data can show.
     """
-    call = Call.of(method, params, weights, dialect, nan, seed, backend, threads, shard_dim)
+    call = Call.of(method, params, weights, dialect, nan, seed, backend, threads, shard_dim, then)
+    if block is not None:
+        call = replace(call, blocks={name: _checked_block(block)})
     inputs = call.inputs(tensors, base, call.companions, name)
     return merge_one(call, call.spec(inputs), inputs, None, out_dtype, out)
+
+
+def _checked_block(block: Any) -> tuple[int, int]:
+    if not isinstance(block, (list, tuple)) or len(block) != 2:
+        raise ArgumentError("block is not usable", code="block", expected="(number, count)", got=repr(block))
+    count = check_integer(block[1], 1, 1 << 31, "block[1]")
+    return check_integer(block[0], 0, count, "block[0]"), count

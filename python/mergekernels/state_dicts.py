@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ._backends.dispatch import Backend, pick
 from ._checks import refuse_unequal
 from ._methods.arguments import bind
+from ._methods.modifiers import Then, blocks_of
 from ._methods.protocol import Coeffs, Spec
 from ._rounds import resolve_scope
 from .errors import ArgumentError, DataError, InputError
@@ -39,6 +40,7 @@ def merge_state_dicts(
     backend: str | None = None,
     threads: int | None = None,
     shard_dim: int = 0,
+    then: Then = (),
     **params: Any,
 ) -> dict[str, Any]:
     """Merge state dicts of one architecture.
@@ -50,6 +52,9 @@ def merge_state_dicts(
     out_dtype : dtype of the merged float tensors, default the promoted dtype of the inputs. Integer and bool
         tensors are copied where they are equal; where not, the base's is taken with a warning, and without a base it
         is an error.
+
+    then : modifiers of the merged task vector, [("lines", {"alpha": 0.2})]. The layer blocks are those that the names
+        show (`model.layers.7.mlp...`); a modifier's parameter may say otherwise.
 
     The other parameters are those of `mergekernels.merge`; each tensor's own name enters its random words. Scope
     "model" counts over all float tensors.
@@ -65,7 +70,7 @@ def merge_state_dicts(
     if isinstance(models, Mapping) or not isinstance(models, Iterable):
         raise ArgumentError("the models are not a list of state dicts", code="models.type", got=type(models).__name__)
     models = list(models)
-    call = Call.of(method, params, weights, dialect, nan, seed, backend, threads, shard_dim)
+    call = Call.of(method, params, weights, dialect, nan, seed, backend, threads, shard_dim, then)
     everything = [*models] if base is None else [base, *models]
     for i, m in enumerate(everything):
         if not (hasattr(m, "keys") and hasattr(m, "__getitem__")):
@@ -76,6 +81,7 @@ def merge_state_dicts(
     order = list(everything[0].keys())
     sources = _Sources(models, base, companions)
     bound = bind(call.method, call.arguments, len(models), dialect, nan)
+    call = replace(call, blocks=blocks_of(bound, order))
     scope: tuple[dict[str, Spec], Coeffs] | None = None
     if call.method.scope(bound, dialect) == "model":
         scope = _resolve_model(call, sources, order)

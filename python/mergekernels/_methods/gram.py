@@ -17,7 +17,7 @@ from ..ops.program import Program, Table
 from ..ops.sums import Gram, Segments, Sums, pair_slot
 from .protocol import Coeffs, MethodInfo, Round, Spec, Stats
 
-__all__ = ["RESOLUTION", "Combination", "Combine", "Rule", "combination", "cosine", "norm_of", "symmetric"]
+__all__ = ["RESOLUTION", "Combination", "Combine", "Rule", "combination", "cosine", "exact_sum", "norm_of", "symmetric"]
 
 RESOLUTION = 2.0**-46
 """What float64 sums cannot tell from zero, relative to the magnitudes that went into them."""
@@ -72,9 +72,9 @@ class Combine(ABC):
         sums = cast(Sums, stats)
         slots = spec.num_models * (spec.num_models + 1) // 2
         if len(sums.values) > 1:  # the tensors of a model, whose sums add up exactly rounded
-            dots = [
-                array("d", [_sum([sums.number(slot, i) for i in range(len(sums.values))])]) for slot in range(slots)
-            ]
+            tensors = range(len(sums.values))
+            totals = [exact_sum([sums.number(slot, i) for i in tensors]) for slot in range(slots)]
+            dots = [array("d", [total]) for total in totals]
         else:
             dots = [sums.segments(slot) for slot in range(slots)]
         rule = self.rule(spec)
@@ -129,7 +129,8 @@ def cosine(dot: float, norm_a: float, norm_b: float) -> float:
     return max(-1.0, min(1.0, dot / norm_a / norm_b))
 
 
-def _sum(terms: Sequence[float]) -> float:
+def exact_sum(terms: Sequence[float]) -> float:
+    """The sum, rounded once; NaN where it has none."""
     try:
         return math.fsum(terms)
     except (OverflowError, ValueError):  # infinities of both signs, or too large a sum
