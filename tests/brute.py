@@ -8,9 +8,13 @@ import numpy as np
 
 
 def philox_word(seed: int, tensor: str, stream: int, g: int) -> int:
-    """Word g mod 4 of Philox4x32-10, in Python integers."""
+    """Word g mod 4 of Philox4x32-10 for a tensor by its name, in Python integers."""
+    return philox(seed, int.from_bytes(hashlib.sha256(tensor.encode()).digest()[:4], "little"), stream, g)
+
+
+def philox(seed: int, tid: int, stream: int, g: int) -> int:
+    """The same for a tensor by its number."""
     mask = 0xFFFFFFFF
-    tid = int.from_bytes(hashlib.sha256(tensor.encode()).digest()[:4], "little")
     c = [(g // 4) & mask, (g // 4) >> 32, tid, stream]
     k = [seed & mask, seed >> 32]
     for _ in range(10):

@@ -43,6 +43,7 @@ from mergekernels._backends.reference.rules import balance, importance, variance
 from mergekernels._native import torch_dtype, view_of
 from mergekernels.ops.keep import MAX_KEY, Marked
 from mergekernels.ops.program import Balance, Program, Table
+from mergekernels.ops.selection import Selection
 from mergekernels.ops.sums import QUANTITIES, Gram, Reduce, Segments
 from mergekernels.ops.sweeps import Interval, Sweep
 from mergekernels.tensors import BF16, CANONICAL_BLOCK, F16, F32, F64, DType, Piece, TensorView, compute_dtype
@@ -311,7 +312,7 @@ def check_mark(backend: Any, case: MarkCase, device: str = "cpu", *, threads: in
 
 @dataclass(frozen=True, eq=False)
 class SweepCase:
-    """A counting pass over a piece."""
+    """A counting pass over a piece. selection : that it is part of, if any."""
 
     name: str
     request: Sweep
@@ -322,6 +323,7 @@ class SweepCase:
     offset: int
     capacity: int
     casts: tuple[DType | None, ...] = ()
+    selection: Selection | None = None
 
     @property
     def compute(self) -> DType:
@@ -527,13 +529,14 @@ def _folded(sums: _cpu.BlockSums, slots: int) -> list[list[str]]:
 
 
 @cache
-def _expected_gram(case: GramCase) -> list[list[str]]:
+def gram_sums(case: GramCase) -> list[list[str]]:
+    """What the reference gives: per slot and segment the bits of the sum."""
     return _run_gram(reference, case, "cpu", 1)
 
 
 def check_gram(backend: Any, case: GramCase, device: str = "cpu", *, threads: int = 1) -> None:
     """Every dot product of every segment is that of the reference."""
-    assert _run_gram(backend, case, device, threads) == _expected_gram(case)
+    assert _run_gram(backend, case, device, threads) == gram_sums(case)
 
 
 @dataclass(frozen=True, eq=False)
