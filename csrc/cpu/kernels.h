@@ -99,6 +99,33 @@ struct RankArgs {
 
 constexpr std::int64_t rank_scratch_bytes(std::int64_t length, std::int64_t) { return length * 32 + kBlock * 64; }
 
+// Up to this many models have all pairs of a Gram matrix summed at once.
+constexpr int kFewModels = 4;
+
+// gram: n consecutive elements of one segment from the beginning of a canonical block; the sum of block j of pair p
+// goes to sums[p * slot_stride + j]. gram_lane: up to 16 rows of n columns, `pitch` elements apart; the sum of column c
+// of pair p goes to sums[p * slot_stride + c], and up to 8 numbers beyond n are written.
+struct GramArgs {
+  int num_models;
+  Source base;  // data null: no deltas
+  Source models[kMaxModels];
+  std::int64_t n;
+  std::int64_t pitch;
+  int rows;
+  int compute;
+  double* sums;
+  std::int64_t slot_stride;
+  void* scratch;  // gram_scratch_bytes(), aligned to 64
+};
+
+constexpr std::int64_t gram_values_bytes(int num_models) {
+  return std::int64_t(kBlock) * 8 * (1 + std::int64_t(num_models) * (num_models > kFewModels ? 16 : 4));
+}
+
+constexpr std::int64_t gram_scratch_bytes(int num_models) {
+  return gram_values_bytes(num_models) + std::int64_t(kLanes) * 8 * (kFewModels * (kFewModels + 1) / 2);
+}
+
 struct Kernels {
   const char* name;
   void (*stream)(const StreamArgs* args);
@@ -107,6 +134,8 @@ struct Kernels {
   void (*philox)(std::uint64_t seed, std::uint32_t tensor, std::uint32_t stream, const std::int64_t* g, std::int64_t n,
                  std::uint32_t* words);
   void (*rank_masks)(const RankArgs* args);
+  void (*gram)(const GramArgs* args);
+  void (*gram_lane)(const GramArgs* args);
 };
 
 // The best instruction set first; `count` is set to their number. Only what this machine can run.

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/philox.h"
+#include "cpu/block_sums.h"
 #include "cpu/stats.h"
 #include "cpu/view.h"
 
@@ -28,5 +29,12 @@ void stream(const Program& program, const Piece& piece, const View* base, const 
 // A null model is left out, as one whose interval is.
 void sweep(SweepStats* stats, const Piece& piece, const View* base, const std::vector<const View*>& models, int compute,
            std::uint64_t seed, std::uint32_t tensor, std::int64_t offset, int threads, const Kernels& kernels);
+
+// How a tensor is cut into segments; see Segments in ops/sums.py. A tensor is one row.
+enum Axis : int { kAxisRows = 0, kAxisColumns = 1 };
+
+// Dot products of all pairs of models, of deltas if there is a base, into `sums`, whose segments they are.
+void gram(BlockSums* sums, int axis, const Piece& piece, const View* base, const std::vector<View>& models, int compute,
+          int threads, const Kernels& kernels);
 
 }  // namespace mergekernels

@@ -179,6 +179,21 @@ def stream(
     `balance` a list of (lo, hi, spread, cut, top), `rows` (length, stride) or (0, 0).
     """
 
+def gram(
+    sums: BlockSums,
+    columns: bool,
+    piece: Box,
+    base: View | None,
+    models: list[View],
+    compute: int,
+    threads: int,
+    isa: str,
+) -> None:
+    """Adds the dot products of all pairs of models over one piece; see ops.sums.Gram.
+
+    The segments of `sums` are rows (a tensor is one row), or columns. ValueError if the piece cuts a canonical block.
+    """
+
 def philox(seed: int, tensor: int, stream: int, first: int, count: int) -> list[int]:
     """The 32-bit words of elements first .. first + count - 1."""
 

@@ -11,11 +11,12 @@ from .._native import as_tuple
 from ..errors import BackendError
 from ..ops.keep import Band, Draw, Keep, KeepRule, Marked, RankDraw
 from ..ops.program import Program, Table
+from ..ops.sums import Gram
 from ..ops.sweeps import Sweep
 from ..tensors import DType, Piece, TensorView
 from ._sweeps import per_search
 
-__all__ = ["FEATURES", "stream", "sweep", "why_not"]
+__all__ = ["FEATURES", "gram", "stream", "sweep", "why_not"]
 
 _TIES = {"all": 0, "none": 1, "hash": 2, "index": 3}
 _VOTES = ("none", "weighted", "plain", "count")
@@ -23,7 +24,7 @@ _MERGES = ("sum", "max", "largest", "importance", "balance")
 _DIVISORS = ("none", "value", "agreeing_weights", "agreeing_count", "kept_count")
 _AXES = {"rows": 1, "columns": 2, "groups": 3}
 
-FEATURES: frozenset[str] = frozenset()
+FEATURES: frozenset[str] = frozenset({"gram"})
 """See dispatch.Backend."""
 
 
@@ -105,6 +106,29 @@ def stream(
         None if out is None else as_tuple(out),
         compute.code,
         stats,
+        threads,
+        isa(),
+    )
+
+
+def gram(
+    request: Gram,
+    sums: _cpu.BlockSums,
+    piece: Piece,
+    base: TensorView | None,
+    models: Sequence[TensorView],
+    *,
+    compute: DType,
+    threads: int,
+) -> None:
+    """See ops.sums.Gram and dispatch.Backend.gram."""
+    _cpu.gram(
+        sums,
+        request.segments.axis == "columns",
+        (piece.g0, piece.rows, piece.cols, piece.ld),
+        None if base is None or not request.subtract else as_tuple(base),
+        [as_tuple(v) for v in models],
+        compute.code,
         threads,
         isa(),
     )

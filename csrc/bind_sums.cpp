@@ -1,0 +1,25 @@
+// Exact sums in the Python module _cpu.
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "bind_cpu.h"
+#include "cpu/ops.h"
+
+void bind_sums(py::module_& m) {
+  m.def(
+      "gram",
+      [](mk::BlockSums& sums, bool columns, const PieceTuple& piece, const std::optional<ViewTuple>& base,
+         const std::vector<ViewTuple>& models, int compute, int threads, const std::string& isa) {
+        const mk::Kernels& kernels = mk::kernels_of(isa);
+        const mk::View base_view = base ? to_view(*base) : mk::View{};
+        std::vector<mk::View> views;
+        for (const ViewTuple& v : models) views.push_back(to_view(v));
+        const py::gil_scoped_release release;
+        mk::gram(&sums, columns ? mk::kAxisColumns : mk::kAxisRows, to_piece(piece), base ? &base_view : nullptr, views,
+                 compute, threads, kernels);
+      },
+      py::arg("sums"), py::arg("columns"), py::arg("piece"), py::arg("base"), py::arg("models"), py::arg("compute"),
+      py::arg("threads"), py::arg("isa"));
+}
