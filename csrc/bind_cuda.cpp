@@ -1,56 +1,30 @@
 // The Python module _cuda: conversions only. Pointers and streams are integers; needs neither torch nor a GPU to
 // import.
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "bind_cuda.h"
 
-#include <cstdint>
 #include <optional>
-#include <string>
-#include <tuple>
-#include <vector>
-
-#include "cuda/launch.h"
 
 namespace py = pybind11;
 namespace mk = mergekernels;
 
 namespace {
 
-using PieceTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
-using KeepTuple = std::tuple<std::uint64_t, int, std::uint32_t, std::int64_t>;
+using mk::Address;
+using mk::all_aligned;
+using mk::check_code;
+using mk::check_models;
+using mk::is_quads;
+using mk::KeepTuple;
+using mk::PieceTuple;
+using mk::pointer;
+using mk::to_piece;
 using IntervalTuple = std::tuple<int, std::uint64_t, std::uint64_t, std::uint64_t>;
-using Address = std::uintptr_t;
-
-mk::Piece to_piece(const PieceTuple& p) { return {std::get<0>(p), std::get<1>(p), std::get<2>(p), std::get<3>(p)}; }
-
-bool is_flat(const mk::Piece& p) { return p.rows <= 1 || p.cols == p.ld; }
-
-bool is_quads(const mk::Piece& p) { return is_flat(p) && p.g0 % 4 == 0; }
 
 int bin_shift(std::uint64_t lo, std::uint64_t hi) {
   int bits = 0;
   for (std::uint64_t width = hi - lo; width != 0; width >>= 1) ++bits;
   return bits > 12 ? bits - 12 : 0;
-}
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void check_models(const std::vector<Address>& models) {
-  if (models.empty() || models.size() > mk::kMaxModels) throw py::value_error("a call takes 1 to 64 models");
-}
-
-void check_code(int code, const char* what) {
-  if (code < mk::kBF16 || code > mk::kF64) throw py::value_error(std::string(what) + " is no dtype code");
-}
-
-bool all_aligned(const std::vector<Address>& models, Address base, Address out) {
-  Address any = base | out;
-  for (const Address m : models) any |= m;
-  return any % 16 == 0;
 }
 
 // See Program in ops/program.py: (weights, keep, base, consensus, zero_vote, divisor, divisor_value, scale, copy, seed,
@@ -92,14 +66,12 @@ mk::StreamArgs<C> stream_args(const py::tuple& t, const mk::Piece& piece, Addres
     a.tau[m] = -1;
     a.rule[m] = mk::kTiesNone;
     if (!keep[m]) continue;
-    const auto& [tau, ties, word, index] = *keep[m];
-    if (ties < mk::kTiesAll || ties > mk::kTiesIndex) throw py::value_error("ties are 0 (all) to 3 (index)");
-    a.bound[m] = mk::key_bound<C>(mk::KeepPoint{tau, index, word, ties, 1});
-    if (ties == mk::kTiesAll || ties == mk::kTiesNone || tau > mk::KeyOf<C>::kMax) continue;
-    a.tau[m] = static_cast<typename mk::KeyOf<C>::SignedKey>(tau);
-    a.rule[m] = static_cast<std::int8_t>(ties);
-    a.word[m] = word;
-    a.index[m] = index;
+    const mk::Point<C> point = mk::to_point<C>(mk::to_keep(*keep[m]));
+    a.bound[m] = point.bound;
+    a.tau[m] = point.tau;
+    a.rule[m] = static_cast<std::int8_t>(point.rule);
+    a.word[m] = point.word;
+    a.index[m] = point.index;
   }
   return a;
 }
@@ -229,6 +201,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
       py::arg("compute"), py::arg("seed"), py::arg("tensor"), py::arg("offset"), py::arg("capacity"),
       py::arg("counters"), py::arg("ordinals"), py::arg("indices"), py::arg("bins"), py::arg("device"),
       py::arg("queue"));
+  mk::bind_programs(m);
   m.def("devices", [] {
     char reason[256];
     const int count = mk::num_devices(reason, sizeof(reason));

@@ -191,9 +191,10 @@ class Brute:
             q = f(p.alone[nonzero[0]]) * e.kept[nonzero[0]]
         if p.limit is not None:
             limit = f(p.limit)
-            q = limit if q > limit else -limit if q < -limit else q
             if p.limit < 1e-6 and abs(q) < f(1e-6):
                 q = q * f(p.limit * 1e6)
+            else:
+                q = limit if q > limit else -limit if q < -limit else q
         if p.useful is not None:
             e.useful = [bool(abs(d) > f(u) * abs(q - d)) for d, u in zip(e.deltas, p.useful.thresholds, strict=True)]
             q = q if sum(e.useful) >= p.useful.at_least else f(0.0)

@@ -79,6 +79,43 @@ void launch_stream(const StreamArgs<C>& a, int dtype, const Queue&) {
 }
 
 template <class C>
+void launch_program(const ProgramArgs<C>& a, int dtype, const Queue&) {
+  by_dtype<C>(dtype, [&](auto code) {
+    std::uint8_t kept[kMaxModels];
+    unsigned long long nowhere[3 * kMaxModels + 7];
+    for (std::int64_t first = 0, i = 0; first <= a.n + kGroup; first += kGroup, ++i) {
+      HostTally tally{a.counters == nullptr ? nowhere : a.counters + i % a.slots * num_counters(a.num_inputs),
+                      a.num_inputs};
+      program_group<code.value>(a, first, group_count(a.n, first), kept, 1, tally);
+    }
+  });
+}
+
+template <class C>
+void launch_reduce(const ReduceArgs<C>& a, int dtype, const Queue&) {
+  by_dtype<C>(dtype, [&](auto code) {
+    std::uint8_t kept[kMaxModels];
+    for (int slot = 0; slot < a.num_slots; ++slot) {
+      for (std::int64_t block = 0; block < a.blocks; ++block) {
+        double lanes[kLanes] = {};
+        for (std::int64_t i = 0; i < kCanonicalBlock; i += kGroup) {
+          const std::int64_t first = block * kCanonicalBlock + i;
+          const int n = group_count(a.program.n, first);
+          double v[kGroup];
+          if (is_merged(a.quantity[slot])) {
+            slot_numbers<code.value, true>(a, slot, first, n, kept, 1, v);
+          } else {
+            slot_numbers<code.value, false>(a, slot, first, n, kept, 1, v);
+          }
+          for (int j = 0; j < kGroup; ++j) lanes[i % kLanes + j] += v[j];
+        }
+        a.sums[slot * a.blocks + block] = fold_lanes(lanes);
+      }
+    }
+  });
+}
+
+template <class C>
 void launch_block_sums(const NormArgs<C>& a, int dtype, const Queue&) {
   by_dtype<C>(dtype, [&](auto code) {
     for (int m = 0; m < a.num_models; ++m) {
@@ -119,6 +156,10 @@ void launch_sweep(const SweepArgs& a, int dtype, const Queue&) {
 
 template void launch_stream(const StreamArgs<float>&, int, const Queue&);
 template void launch_stream(const StreamArgs<double>&, int, const Queue&);
+template void launch_program(const ProgramArgs<float>&, int, const Queue&);
+template void launch_program(const ProgramArgs<double>&, int, const Queue&);
+template void launch_reduce(const ReduceArgs<float>&, int, const Queue&);
+template void launch_reduce(const ReduceArgs<double>&, int, const Queue&);
 template void launch_block_sums(const NormArgs<float>&, int, const Queue&);
 template void launch_block_sums(const NormArgs<double>&, int, const Queue&);
 template void launch_sweep<float>(const SweepArgs&, int, const Queue&);

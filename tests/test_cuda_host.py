@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-pytest.register_assert_rewrite("gpu_matrix", "gpu_cases")
+pytest.register_assert_rewrite("gpu_matrix", "gpu_cases", "gpu_feature_cases", "feature_cases")
 
 from gpu_cases import *  # noqa: E402, F403
+from gpu_feature_cases import *  # noqa: E402, F403
 from mergekernels._backends import cuda as backend  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +39,7 @@ def host_module(tmp_path_factory: pytest.TempPathFactory) -> Any:
             *("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden"),
             *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
             *(f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"),
-            str(ROOT / "csrc/bind_cuda.cpp"),
+            *map(str, sorted((ROOT / "csrc").glob("bind_cuda*.cpp"))),
             str(ROOT / "tests/cuda_host.cpp"),
             *("-o", str(target)),
         ],

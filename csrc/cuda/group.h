@@ -122,11 +122,11 @@ MK_HD std::uint32_t lane_of(const Philox4& words, std::int64_t lane) {
   return (lane & 1) != 0 ? odd : even;
 }
 
-// Tie words of the elements in `wanted` among the eight that begin at position `first` of the piece; others are left
-// alone. quads: the flat indices are consecutive and begin at a multiple of 4, so that one call serves four elements.
-MK_HD void tie_words(std::uint64_t seed, std::uint32_t tensor, int model, const Piece& piece, std::int64_t first,
-                     bool quads, unsigned wanted, std::uint32_t* words) {
-  const std::uint32_t stream = philox_stream(model, kPurposeTie);
+// Words of a Philox stream for the elements in `wanted` among the eight that begin at position `first` of the piece;
+// others are left alone. quads: the flat indices are consecutive and begin at a multiple of 4, so that one call serves
+// four elements.
+MK_HD void group_words(std::uint64_t seed, std::uint32_t tensor, std::uint32_t stream, const Piece& piece,
+                       std::int64_t first, bool quads, unsigned wanted, std::uint32_t* words) {
   // Loops that are not unrolled, and selection instead of indexing: one copy of Philox in the code, no array in memory.
   if (quads) {
     const std::uint64_t group = static_cast<std::uint64_t>(piece.g0 + first) >> 2;
@@ -147,6 +147,20 @@ MK_HD void tie_words(std::uint64_t seed, std::uint32_t tensor, int model, const 
     MK_UNROLL
     for (int j = 0; j < kGroup; ++j) words[j] = j == i ? word : words[j];
   }
+}
+
+MK_HD void tie_words(std::uint64_t seed, std::uint32_t tensor, int model, const Piece& piece, std::int64_t first,
+                     bool quads, unsigned wanted, std::uint32_t* words) {
+  group_words(seed, tensor, philox_stream(model, kPurposeTie), piece, first, quads, wanted, words);
+}
+
+// Element i of eight in registers, i known at run time only: an indexed array would live in memory.
+template <class T>
+MK_HD T pick(const T* x, int i) {
+  T value = x[0];
+  MK_UNROLL
+  for (int j = 1; j < kGroup; ++j) value = j == i ? x[j] : value;
+  return value;
 }
 
 // Groups of the next models on their way while one is worked on: reads are issued `kAhead` models early.
@@ -188,6 +202,13 @@ MK_HD int lowest_bit(unsigned mask) {
 #else
   return __builtin_ctz(mask);
 #endif
+}
+
+// Reports non-finite elements of a group: `tally` takes the source, the number and the smallest flat index.
+template <class Tally>
+MK_HD void report_bad(const Piece& piece, int source, std::int64_t first, unsigned mask, Tally& tally) {
+  // Flat indices grow along a group.
+  if (mask != 0) tally.nonfinite(source, count_bits(mask), flat_index(piece, first + lowest_bit(mask)));
 }
 
 }  // namespace mergekernels

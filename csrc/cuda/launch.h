@@ -1,6 +1,8 @@
 // The launches, without a CUDA header: the binding and the host build of the tests see only this.
 #pragma once
 
+#include "cuda/program_group.h"
+#include "cuda/reduce_group.h"
 #include "cuda/select_group.h"
 #include "cuda/stream_group.h"
 
@@ -16,6 +18,10 @@ struct Queue {
 // dtype: of the inputs, a DTypeCode: float64 for C = double, any other for C = float.
 template <class C>
 void launch_stream(const StreamArgs<C>& args, int dtype, const Queue& queue);
+template <class C>
+void launch_program(const ProgramArgs<C>& args, int dtype, const Queue& queue);
+template <class C>
+void launch_reduce(const ReduceArgs<C>& args, int dtype, const Queue& queue);
 template <class C>
 void launch_block_sums(const NormArgs<C>& args, int dtype, const Queue& queue);
 template <class C>

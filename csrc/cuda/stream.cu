@@ -1,51 +1,22 @@
+#include "cuda/block.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/tally.cuh"
 
 namespace mergekernels {
 
 namespace {
 
-// Counts in shared memory, one addition per warp; flushed once per block.
-struct BlockTally {
-  unsigned* counts;  // [K + 3]
-  unsigned long long* slot;
-  int num_models;
-
-  __device__ __forceinline__ void add(int i, unsigned count) {
-    if (lane_id() == 0 && count != 0) atomicAdd(counts + i, count);
-  }
-  __device__ __forceinline__ void kept(int m, int count) { add(m, warp_sum(unsigned(count))); }
-  __device__ __forceinline__ void votes(int conflicts, int positive, int negative) {
-    // At most 256 each in a warp: three sums in one.
-    const unsigned sum = warp_sum(unsigned(conflicts) | unsigned(positive) << 10 | unsigned(negative) << 20);
-    add(counter_conflicts(num_models), sum & 0x3FFu);
-    add(counter_conflicts(num_models) + 1, sum >> 10 & 0x3FFu);
-    add(counter_conflicts(num_models) + 2, sum >> 20);
-  }
-  __device__ __forceinline__ void nonfinite(int source, int count, std::int64_t first) {
-    add_bad(slot + counter_bad(num_models, source), slot + counter_first(num_models, source), count, first);
-  }
-};
-
 template <int kDType, class C, bool kStats>
 __global__ void __launch_bounds__(kThreads) stream_kernel(const __grid_constant__ StreamArgs<C> a) {
   __shared__ unsigned counts[kMaxModels + 3];
-  const int used = a.num_models + 3;
-  BlockTally tally{counts, nullptr, a.num_models};
-  if (kStats) {
-    tally.slot = a.counters + std::int64_t(blockIdx.x % unsigned(a.slots)) * num_counters(a.num_models);
-    for (int i = int(threadIdx.x); i < used; i += kThreads) counts[i] = 0;
-    __syncthreads();
-  }
+  BlockTally tally(counts, kStats ? a.counters : nullptr, a.slots, a.num_models);
+  tally.begin();
   const std::int64_t step = std::int64_t(gridDim.x) * kThreads * kGroup;
   for (std::int64_t start = std::int64_t(blockIdx.x) * kThreads * kGroup; start < a.n; start += step) {
     const std::int64_t first = start + std::int64_t(threadIdx.x) * kGroup;
     stream_group<kDType, kStats>(a, first, group_count(a.n, first), tally);
   }
-  if (kStats) {
-    __syncthreads();
-    for (int i = int(threadIdx.x); i < used; i += kThreads)
-      if (counts[i] != 0) atomicAdd(tally.slot + i, static_cast<unsigned long long>(counts[i]));
-  }
+  tally.end();
 }
 
 // A warp takes a canonical block: a thread owns eight neighbouring lanes, a row of 256 elements is one step.
@@ -60,16 +31,7 @@ __global__ void __launch_bounds__(kThreads) block_sums_kernel(const __grid_const
       const std::int64_t first = block * kCanonicalBlock + row * kLanes + lane_id() * kGroup;
       add_squares<kDType>(a, m, first, group_count(a.n, first), lanes);
     }
-    // Strides 128 to 8 are other threads', 4 to 1 this one's.
-    for (int offset = 16; offset > 0; offset /= 2) {
-#pragma unroll
-      for (int j = 0; j < kGroup; ++j) lanes[j] = lanes[j] + __shfl_down_sync(kWholeWarp, lanes[j], unsigned(offset));
-    }
-#pragma unroll
-    for (int stride = kGroup / 2; stride > 0; stride /= 2) {
-#pragma unroll
-      for (int j = 0; j < stride; ++j) lanes[j] = lanes[j] + lanes[j + stride];
-    }
+    fold_warp(lanes);
     if (lane_id() == 0) a.sums[m * a.blocks + block] = lanes[0];
   }
 }

@@ -2,7 +2,7 @@
 // Reads each input once, writes the output once.
 #pragma once
 
-#include "cuda/group.h"
+#include "cuda/point.h"
 
 namespace mergekernels {
 
@@ -39,31 +39,8 @@ MK_HD int num_counters(int num_models) { return 3 * num_models + 7; }
 // Bit j set: element j of model m passes its point.
 template <class C>
 MK_HD unsigned keep_mask(const StreamArgs<C>& a, int m, const C* d, std::int64_t first, int n) {
-  using Signed = typename KeyOf<C>::SignedKey;
-  unsigned kept = 0, tied = 0;
-  MK_UNROLL
-  for (int j = 0; j < kGroup; ++j) {
-    const Signed key = Signed(key_of(d[j]));
-    kept |= unsigned(key > a.bound[m]) << j;
-    tied |= unsigned(key == a.tau[m] && j < n) << j;
-  }
-  if (a.rule[m] == kTiesNone || tied == 0) return kept;
-  std::uint32_t words[kGroup] = {};
-  if (a.rule[m] == kTiesHash) tie_words(a.seed, a.tensor, m, a.piece, first, a.quads, tied, words);
-  const std::uint32_t cut = a.rule[m] == kTiesHash ? a.word[m] : 0;
-  MK_UNROLL
-  for (int j = 0; j < kGroup; ++j) {
-    if ((tied >> j & 1u) == 0) continue;
-    kept |= unsigned(hash_tie_kept(words[j], flat_index(a.piece, first + j), cut, a.index[m])) << j;
-  }
-  return kept;
-}
-
-// Reports non-finite elements of a group: `tally` takes the source, the number and the smallest flat index.
-template <class Tally>
-MK_HD void report_bad(const Piece& piece, int source, std::int64_t first, unsigned mask, Tally& tally) {
-  // Flat indices grow along a group.
-  if (mask != 0) tally.nonfinite(source, count_bits(mask), flat_index(piece, first + lowest_bit(mask)));
+  const Point<C> point{a.bound[m], a.tau[m], a.index[m], a.word[m], a.rule[m]};
+  return point_mask(point, m, d, Place{a.piece, first, n, a.quads, a.seed, a.tensor});
 }
 
 template <int kOut, bool kStats, class C, class Tally>

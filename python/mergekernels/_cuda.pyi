@@ -4,6 +4,8 @@ Codes of dtypes are those of `mergekernels.tensors`; inputs of float64 are compu
 A launch that fails raises RuntimeError with the driver's reason.
 """
 
+from typing import Any
+
 # (g0, rows, cols, ld)
 Box = tuple[int, int, int, int]
 # (tau, ties, word, index), ties 0 all, 1 none, 2 hash, 3 index
@@ -32,6 +34,56 @@ def stream(
 
     raw : a plain copy keeps the bits. counters : int64 [slots, 3 K + 7], see backends._gpu.Launches.
     """
+
+def plan(program: dict[str, Any], compute: int) -> bytes:
+    """The table of a whole program that `program`, `mark` and `reduce` read in device memory.
+
+    The fields are those that `_backends._cuda_plan.fields` makes; ValueError where they do not fit together.
+    """
+
+def program(
+    plan: int,
+    piece: Box,
+    base: int,
+    models: list[int],
+    out: int,
+    dtype: int,
+    out_dtype: int,
+    compute: int,
+    counters: int,
+    slots: int,
+    device: int,
+    queue: int,
+) -> None:
+    """The general fused pass. plan : address of the table in device memory; models : all inputs; else as `stream`."""
+
+def mark(
+    plan: int,
+    piece: Box,
+    base: int,
+    models: list[int],
+    kind: int,
+    marks: list[int],
+    dtype: int,
+    compute: int,
+    device: int,
+    queue: int,
+) -> None:
+    """Packed bits of each model. kind : 1 kept, 2 agreeing, 3 useful."""
+
+def reduce(
+    plan: int,
+    piece: Box,
+    base: int,
+    models: list[int],
+    slots: list[tuple[int, int]],
+    dtype: int,
+    compute: int,
+    sums: int,
+    device: int,
+    queue: int,
+) -> None:
+    """Sums over canonical blocks: float64 [slots, blocks]. slots : (number in QUANTITIES, model) of each."""
 
 def block_sums(
     program: Program,

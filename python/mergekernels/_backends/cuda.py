@@ -18,6 +18,7 @@ from ..ops.sums import Gram, Reduce
 from ..ops.sweeps import Sweep
 from ..tensors import DType, Piece, TensorView
 from . import _gpu, _gpu_sums
+from ._cuda_plan import address, on_device, point, slots
 from ._device import Operands, no_gpu, same_device
 from ._launches import SLOTS, Extras
 from ._sweeps import points
@@ -33,6 +34,7 @@ __all__ = [
     "FEATURES",
     "divergence",
     "gram",
+    "launch_mark",
     "launch_reduce",
     "launch_stream",
     "launch_sweep",
@@ -44,12 +46,17 @@ __all__ = [
 ]
 
 _OPS = ("select", "sweep", "stream")
-_TIES = {"all": 0, "none": 1, "hash": 2, "index": 3}
 _VOTE = {"none": 0, "weighted": 1}
 _DIVISOR = {"none": 0, "value": 1, "agreeing_weights": 2, "agreeing_count": 3}
 _STAGE = {"key": 1, "tie": 2}
+_MARK = {"kept": 1, "agreeing": 2, "useful": 3}
 
-FEATURES: frozenset[str] = frozenset()
+FEATURES: frozenset[str] = frozenset(
+    [
+        *("alone", "anchor", "balance", "band", "divisor", "draw", "factors", "groups", "importance", "importance_key"),
+        *("joint", "limit", "mark", "marked", "merge", "reduce", "subtract", "table", "useful", "vote"),
+    ]
+)
 """See dispatch.Backend."""
 
 
@@ -181,8 +188,8 @@ def launch_sweep(
             [(0, 0, 0, 0) if i is None else (_STAGE[i.stage], i.lo, i.hi, i.tau) for i in there],
             request.order == "hash",
             _box(piece),
-            _address(inputs.base),
-            [_address(x) if i is not None else 0 for i, x in zip(there, inputs.models, strict=True)],
+            address(inputs.base),
+            [address(x) if i is not None else 0 for i, x in zip(there, inputs.models, strict=True)],
             inputs.dtype.code,
             compute.code,
             request.seed,
@@ -192,7 +199,7 @@ def launch_sweep(
             counters.data_ptr(),
             entries[0].data_ptr(),
             entries[1].data_ptr(),
-            _address(bins),
+            address(bins),
             *_queue(counters),
         )
 
@@ -207,17 +214,20 @@ def launch_reduce(
     extras: Extras,
 ) -> None:
     """See _launches.Launches."""
+    num_models = len(program.weights)
+    models = [address(x) for x in inputs.models]
+    common = (inputs.dtype.code, compute.code, sums.data_ptr(), *_queue(sums))
     with _launching():
-        _native().block_sums(
-            _program(program, inputs),
-            _box(piece),
-            _address(inputs.base),
-            [_address(x) for x in inputs.models],
-            inputs.dtype.code,
-            compute.code,
-            sums.data_ptr(),
-            *_queue(sums),
-        )
+        if quantities == ("squares",):
+            base = address(inputs.base) if program.subtract else 0
+            alone = Program(
+                (1.0,) * num_models, (None,) * num_models, base=base != 0, copy=program.copy, scale=program.scale
+            )
+            _native().block_sums(_plain(alone, base != 0), _box(piece), base, models[:num_models], *common)
+            return
+        plan = on_device(_native(), program, piece, extras, compute, sums)
+        chosen = slots(quantities, num_models)
+        _native().reduce(plan.data_ptr(), _box(piece), address(inputs.base), models, chosen, *common)
 
 
 def launch_stream(
@@ -232,20 +242,41 @@ def launch_stream(
     extras: Extras,
 ) -> None:
     """See _launches.Launches."""
+    like = inputs.present[0]
+    where = (_box(piece), address(inputs.base), [address(x) for x in inputs.models], address(out))
+    dtypes = (inputs.dtype.code, out_dtype.code, compute.code)
     with _launching():
-        _native().stream(
-            _program(program, inputs),
+        if program.features:
+            plan = on_device(_native(), program, piece, extras, compute, like)
+            _native().program(plan.data_ptr(), *where, *dtypes, address(counters), SLOTS, *_queue(like))
+        else:
+            plain = _plain(program, inputs.base is not None)
+            _native().stream(plain, *where, *dtypes, raw, address(counters), SLOTS, *_queue(like))
+
+
+def launch_mark(
+    program: Program,
+    kind: Literal["kept", "agreeing", "useful"],
+    inputs: Operands,
+    piece: Piece,
+    compute: DType,
+    marks: Sequence[torch.Tensor],
+    extras: Extras,
+) -> None:
+    """See _launches.Launches."""
+    like = inputs.present[0]
+    with _launching():
+        plan = on_device(_native(), program, piece, extras, compute, like)
+        _native().mark(
+            plan.data_ptr(),
             _box(piece),
-            _address(inputs.base),
-            [_address(x) for x in inputs.models],
-            _address(out),
+            address(inputs.base),
+            [address(x) for x in inputs.models],
+            _MARK[kind],
+            [address(x) for x in marks],
             inputs.dtype.code,
-            out_dtype.code,
             compute.code,
-            raw,
-            _address(counters),
-            SLOTS,
-            *_queue(inputs.present[0]),
+            *_queue(like),
         )
 
 
@@ -273,10 +304,6 @@ def _launching() -> Iterator[None]:
         raise BackendError(str(error), code="backend.launch", hint="Ask for another backend.") from error
 
 
-def _address(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
 def _box(piece: Piece) -> tuple[int, int, int, int]:
     return (piece.g0, piece.rows, piece.cols, piece.ld)
 
@@ -288,13 +315,12 @@ def _queue(x: torch.Tensor) -> tuple[int, int]:
     return (x.get_device(), torch.cuda.current_stream(x.device).cuda_stream)
 
 
-def _program(program: Program, inputs: Operands) -> tuple[Any, ...]:
-    num_models = len(inputs.models)
-    keep = points(program) or [None] * num_models
+def _plain(program: Program, base: bool) -> tuple[Any, ...]:
+    """A program without features, as the plain kernels take it by value."""
     return (
-        list(program.weights) or [1.0] * num_models,
-        [None if k is None else (k.tau, _TIES[k.ties], k.word, k.index) for k in keep],
-        inputs.base is not None,
+        list(program.weights),
+        [point(k) for k in points(program)],
+        base,
         _VOTE[program.vote],
         program.zero_vote,
         _DIVISOR[program.divisor],

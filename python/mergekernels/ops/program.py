@@ -112,7 +112,7 @@ class Program:
         "agreeing_count": q = num / max(1, number that agree)
         "kept_count":     q = num / max(1, number of et that are not 0)
         alone: where exactly one et is not 0, q = alone[t] * et instead
-        limit: q = q clipped to [-limit, limit]; with limit < 1e-6, q = q * C(limit * 1e6) where |q| < C(1e-6)
+        limit: q = q clipped to [-limit, limit]; but with limit < 1e-6 and |q| < C(1e-6), q = q * C(limit * 1e6)
         useful: q = +0 where too few models use it, see `Useful`
         y  = q * scale (only if scale != 1)
         y  = anchor + y   (the base or the first model; only with a base)

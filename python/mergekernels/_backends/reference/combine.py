@@ -49,9 +49,10 @@ def combine(
             q = torch.where(one & (e != 0), constant(factor, q) * e, q)
     if program.limit is not None:
         limit = constant(program.limit, q)
-        q = torch.where(q > limit, limit, torch.where(q < -limit, -limit, q))
+        clipped = torch.where(q > limit, limit, torch.where(q < -limit, -limit, q))
         if program.limit < 1e-6:
-            q = torch.where(q.abs() < constant(1e-6, q), q * constant(program.limit * 1e6, q), q)
+            clipped = torch.where(q.abs() < constant(1e-6, q), q * constant(program.limit * 1e6, q), clipped)
+        q = clipped
     useful = None
     if program.useful is not None:
         pairs = zip(deltas, program.useful.thresholds, strict=True)
