@@ -108,7 +108,7 @@ def a_rule(s: Setting, t: int, *, rows: bool, marks: bool) -> KeepRule | None:
 def rows_of(s: Setting) -> Rows:
     """Rows of which whole slabs make up the piece."""
     n = max(s.n, 1)
-    lengths = [length for length in (1, 2, 5, 7, 16, 51, 64, 3500, n) if n % length == 0]
+    lengths = [length for length in (1, 2, 5, 7, 16, 51, 64, 125, 1024, 3500, n, n) if n % length == 0]
     length = s.rng.choice(lengths)
     strides = [stride for stride in (1, 1, 2, 4, 5, 20, n // length) if (n // length) % stride == 0]
     return Rows(length, s.rng.choice(strides))
@@ -188,8 +188,10 @@ def _alone(name: str, s: Setting) -> dict[str, Any]:
     if name == "importance_key":
         rows_table = row_table(s)
         return {"joint": point(s, importance(s.deltas[0], rows_table, s.g)), "importance": rows_table}
-    if name in ("factors", "alone"):
+    if name == "factors":
         return {name: weights(s)}
+    if name == "alone":
+        return {name: weights(s), "keep": tuple(point(s, d) for d in s.deltas)}
     if name.startswith("vote_"):
         keep = tuple(point(s, d) for d in s.deltas)
         return {"vote": name[5:], "keep": keep, "zero_vote": rng.choice((-1, 0, 1)), "divisor": rng.choice(_VOTED)}

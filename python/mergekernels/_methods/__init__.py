@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from ..errors import ArgumentError, nearest
+from .arcee_fusion import ArceeFusion
 from .breadcrumbs import Breadcrumbs, BreadcrumbsTies
+from .consensus import Consensus, TallMask
 from .dare import DareLinear, DareTies
 from .della import Della, DellaLinear
+from .deme import Deme
+from .emr import Emr
+from .expo import Expo
+from .fisher import Fisher
 from .from_norm import FromNorm
 from .karcher import Karcher
 from .linear import Linear
+from .magmax import Magmax
 from .model_stock import ModelStock
 from .multislerp import Multislerp
+from .nearswap import Nearswap
 from .nuslerp import Nuslerp
 from .passthrough import Passthrough
+from .pcb import Pcb
 from .pcgrad import Pcgrad
 from .protocol import Method
+from .ram import Ram, RamPlus
+from .sce import Sce
 from .slerp import Slerp
 from .task_arithmetic import TaskArithmetic
 from .ties import Ties
@@ -31,6 +42,19 @@ _ALL: tuple[Method, ...] = (
     Della(),
     Breadcrumbs(),
     BreadcrumbsTies(),
+    Sce(),
+    Ram(),
+    RamPlus(),
+    Nearswap(),
+    ArceeFusion(),
+    Magmax(),
+    Emr(),
+    Consensus(),
+    TallMask(),
+    Expo(),
+    Deme(),
+    Pcb(),
+    Fisher(),
     Passthrough(),
     Slerp(),
     Nuslerp(),

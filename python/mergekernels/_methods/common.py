@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Mapping, Sequence
@@ -20,11 +21,13 @@ __all__ = [
     "Direct",
     "check_factors",
     "finite_sum",
+    "from_key",
     "is_zero_sum",
     "no_effect",
     "nonzero_sum",
     "safe_sum",
     "spoiled",
+    "to_key",
     "weight",
     "weight_sum",
 ]
@@ -132,6 +135,20 @@ def nonzero_sum(spec: Spec, weights: Sequence[float]) -> float:
             hint="Change the weights or set normalize to false.",
         )
     return total
+
+
+def to_key(value: float, compute: DType) -> int:
+    """The key of a non-negative number: its bits in the compute dtype, to which it is rounded."""
+    if compute is F64:
+        return int(struct.unpack("<Q", struct.pack("<d", abs(value)))[0])
+    return int(struct.unpack("<I", struct.pack("<f", abs(in_compute(value, F32))))[0])
+
+
+def from_key(key: int, compute: DType) -> float:
+    """The number whose key it is."""
+    if compute is F64:
+        return float(struct.unpack("<d", struct.pack("<Q", key))[0])
+    return float(struct.unpack("<f", struct.pack("<I", key))[0])
 
 
 def safe_sum(spec: Spec, weights: Sequence[float]) -> float:

@@ -45,7 +45,7 @@ def judge(case: Case, got: Mapping[str, torch.Tensor], expected: Mapping[str, to
         difference = (have.double() - want.double()).abs()
         size = float(want.double().abs().max())
         error = float(difference.max()) / size if size else float(difference.max())
-        differing += int((have.float() != want.float()).sum())
+        differing += int((have.double() != want.double()).sum())
         elements += want.numel()
         if not error <= case.bound and not problem:
             at = int(difference.flatten().nan_to_num(float("inf")).argmax())

@@ -27,7 +27,7 @@ class Case:
     id : of the case, and the name of its file. tool, version : what made the output. method, dialect, params : the
     merge in the terms of this package, parameters by their recipe names, per-model ones as lists. models, base : whose
     tensors are merged. bound : largest allowed difference, relative to the largest magnitude of the expected tensor.
-    without : tensors that the tool refuses.
+    dtype : of the inputs of the case. without : tensors that the tool refuses.
     """
 
     id: str
@@ -39,6 +39,7 @@ class Case:
     bound: float
     dialect: str = "default"
     params: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
     without: tuple[str, ...] = ()
 
 

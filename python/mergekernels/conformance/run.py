@@ -24,7 +24,7 @@ __all__ = ["outputs_of"]
 
 
 def outputs_of(kit: Kit, case: Case, backend: str | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of a case in float32.
+    """The tensors of a case, in the dtype of its inputs.
 
     Where the tool drew random masks, these are used instead of our own: a model's entries that its mask drops are set
     to the base's, and everything else runs as ever.
@@ -34,13 +34,14 @@ def outputs_of(kit: Kit, case: Case, backend: str | None = None) -> dict[str, to
     MergeError : the method refuses the case, or the backend cannot run it.
     """
     expected, masks = kit.expected(case)
-    base = None if case.base is None else _only(kit.inputs[case.base], expected)
-    models = [_only(kit.inputs[m], expected) for m in case.models]
+    base = None if case.base is None else _only(kit.inputs[case.base], expected, case.dtype)
+    models = [_only(kit.inputs[m], expected, case.dtype) for m in case.models]
     method = get(case.method)
     keywords = {p.name: p.keyword for p in method.info.params}
     arguments = {keywords.get(name, name): value for name, value in case.params.items()}
     if method.info.companions:
-        arguments[method.info.companions] = [_only(kit.inputs[f"importance_{m}"], expected) for m in case.models]
+        weights = [_only(kit.inputs[f"importance_{m}"], expected, case.dtype) for m in case.models]
+        arguments[method.info.companions] = weights
     if not masks:
         return merge_state_dicts(models, case.method, base=base, dialect=case.dialect, backend=backend, **arguments)
     assert base is not None
@@ -56,8 +57,10 @@ def outputs_of(kit: Kit, case: Case, backend: str | None = None) -> dict[str, to
     return result
 
 
-def _only(tensors: Mapping[str, torch.Tensor], names: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    return {name: tensors[name] for name in names}
+def _only(tensors: Mapping[str, torch.Tensor], names: Mapping[str, Any], dtype: str) -> dict[str, torch.Tensor]:
+    import torch
+
+    return {name: tensors[name].to(getattr(torch, dtype)) for name in names}
 
 
 def _with_masks(call: Call, whole: Inputs, kept: Inputs) -> torch.Tensor:
