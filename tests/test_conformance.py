@@ -1,0 +1,84 @@
+"""The conformance kit: every case on the backends that run here, and the judge itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mergekernels.conformance import judge, open_kit, outputs_of
+from mergekernels.conformance.__main__ import main
+
+KIT = open_kit()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors are small here, and on a busy machine torch's threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("case", KIT.cases, ids=lambda c: c.id)
+def test_agreement(case, backend: str) -> None:
+    verdict = judge(case, outputs_of(KIT, case, backend), KIT.expected(case)[0])
+    assert verdict.agrees, verdict.problem
+
+
+def test_every_tool_is_there() -> None:
+    assert {c.tool: c.version for c in KIT.cases} == {
+        "mergekit": "0.1.5",
+        "peft": "0.21.2",
+        "fusionbench": "0.2.33",
+        "formula": "1",
+    }
+    assert len({c.method for c in KIT.cases if c.tool == "mergekit"}) == 20
+
+
+def test_a_wrong_output_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "outputs").mkdir()
+    for case in KIT.cases:
+        shutil.copy(KIT.folder / "outputs" / f"{case.id}.safetensors", tmp_path / "outputs")
+    assert main(["--outputs", str(tmp_path)]) == 0
+    assert f"{len(KIT.cases)} of {len(KIT.cases)} cases agree" in capsys.readouterr().out
+    file = tmp_path / "outputs" / "mergekit-ties.safetensors"
+    tensors = load_file(file)
+    tensors["tall"][5, 3] += 1e-6
+    save_file(tensors, file)
+    assert main(["--outputs", str(tmp_path), "--method", "ties"]) == 1
+    said = capsys.readouterr().out
+    assert "FAIL mergekit-ties" in said and "tensor 'tall': largest difference" in said and "flat index 28" in said
+    del tensors["tall"]
+    save_file(tensors, file)
+    assert main(["--outputs", str(tmp_path), "--method", "ties"]) == 1
+    assert "tensor 'tall' is missing" in capsys.readouterr().out
+    tensors["tall"] = torch.full((96, 5), torch.nan)
+    save_file(tensors, file)
+    assert main(["--outputs", str(tmp_path), "--method", "ties"]) == 1
+    tensors["tall"] = torch.zeros(5, 96)
+    save_file(tensors, file)
+    assert main(["--outputs", str(tmp_path), "--method", "ties"]) == 1
+    assert "expected shape (96, 5); got (5, 96)" in capsys.readouterr().out
+    file.unlink()
+    assert main(["--outputs", str(tmp_path), "--method", "ties"]) == 1
+    assert "an output of the kit is missing" in capsys.readouterr().out
+
+
+def test_what_cannot_be_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--method", "tise"]) == 2
+    assert "the kit has no cases of this method" in capsys.readouterr().err
+    assert main(["--kit", str(tmp_path)]) == 2
+    assert "no conformance kit" in capsys.readouterr().err
+    (tmp_path / "inputs").mkdir()
+    shutil.copy(KIT.folder / "inputs" / "family.safetensors", tmp_path / "inputs")
+    (tmp_path / "kit.json").write_text(json.dumps({"layout": 2, "cases": []}))
+    assert main(["--kit", str(tmp_path)]) == 2
+    assert "expected layout 1; got 2" in capsys.readouterr().err
