@@ -132,7 +132,8 @@ def pcb(deltas: Sequence[Array], ratio: float, clip: float, lam: float) -> Array
     tops, clipped = [], []
     for d in deltas:
         ascending = np.sort(np.abs(d))
-        lo, hi = ascending[int(n * clip)], ascending[max(0, int(n * (1 - clip) - 1))]
+        lo = ascending[int(n * clip)]
+        hi = max(lo, ascending[max(0, int(n * (1 - clip) - 1))])
         a = np.clip(np.abs(d), lo, hi)
         m = (a - lo) / (hi - lo) if hi > lo else np.zeros_like(a)
         z = np.exp((f(count) * (m * m)).astype(np.float64)).astype(np.float32)

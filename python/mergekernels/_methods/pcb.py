@@ -144,10 +144,10 @@ class Pcb:
 
     @staticmethod
     def _bounds(spec: Spec, n: int) -> tuple[int, int]:
-        """Ranks from the largest of the least and the greatest magnitude."""
+        """Ranks from the largest of the least and the greatest magnitude; the greatest is not below the least."""
         clip = spec.params["clip"]
-        low, high = int(n * clip), int(n * (1.0 - clip) - 1.0)
-        return n - min(low, n - 1), n - min(max(high, 0), n - 1)
+        low = min(int(n * clip), n - 1)
+        return n - low, n - max(low, int(n * (1.0 - clip) - 1.0))
 
     def _shares(self, spec: Spec) -> tuple[int, int]:
         """Ranks from the largest of the threshold and of the largest value."""
