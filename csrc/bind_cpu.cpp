@@ -8,7 +8,6 @@
 #include <tuple>
 #include <vector>
 
-#include "bind_program.h"
 #include "common/transcendental.h"
 #include "common/tree.h"
 #include "cpu/buffer.h"
@@ -38,23 +37,6 @@ void bind_ops(py::module_& m) {
       },
       py::arg("stats"), py::arg("piece"), py::arg("base"), py::arg("models"), py::arg("compute"), py::arg("seed"),
       py::arg("tensor"), py::arg("offset"), py::arg("threads"), py::arg("isa"));
-  m.def(
-      "stream",
-      [](const py::dict& program, const PieceTuple& piece, const std::optional<ViewTuple>& base,
-         const std::vector<ViewTuple>& models, const std::optional<ViewTuple>& out, int compute, mk::StreamStats* stats,
-         int threads, const std::string& isa) {
-        const mk::Kernels& kernels = mk::kernels_of(isa);
-        const mk::BoundProgram bound(program);
-        const mk::View base_view = base ? to_view(*base) : mk::View{};
-        const mk::View out_view = out ? to_view(*out) : mk::View{};
-        std::vector<mk::View> views;
-        for (const ViewTuple& v : models) views.push_back(to_view(v));
-        const py::gil_scoped_release release;
-        mk::stream(bound.program, to_piece(piece), base ? &base_view : nullptr, views, out ? &out_view : nullptr,
-                   compute, stats, threads, kernels);
-      },
-      py::arg("program"), py::arg("piece"), py::arg("base"), py::arg("models"), py::arg("out"), py::arg("compute"),
-      py::arg("stats"), py::arg("threads"), py::arg("isa"));
   m.def(
       "philox",
       [](std::uint64_t seed, std::uint32_t tensor, std::uint32_t stream, std::int64_t first, std::int64_t count) {
@@ -140,4 +122,5 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   bind_stats(m);
   bind_sums(m);
   bind_ops(m);
+  bind_passes(m);
 }

@@ -42,3 +42,5 @@ std::pair<const T*, std::int64_t> items(const py::buffer_info& info) {
 // The parts of the module.
 void bind_stats(py::module_& m);
 void bind_sums(py::module_& m);
+// stream, reduce and mark.
+void bind_passes(py::module_& m);

@@ -28,25 +28,57 @@ struct StreamCounters {
   NonFinite nonfinite[kMaxModels + 2];  // models, base, output
 };
 
-// One run: n consecutive elements of a piece, from ordinal `first` (a multiple of kCanonicalBlock).
+// What reduce sums; see QUANTITIES in ops/sums.py. From kTotalAbs on one number, the others one per model.
+enum Quantity : int {
+  kAbs = 0,
+  kSquares = 1,
+  kKeptAbs = 2,
+  kKeptSquares = 3,
+  kAgreeingAbs = 4,
+  kImportanceSquares = 5,
+  kKeptCount = 6,
+  kAloneCount = 7,
+  kNegativeCount = 8,
+  kTotalAbs = 9,
+  kMergedAbs = 10
+};
+
+enum Mark : int { kMarkKept = 0, kMarkAgreeing = 1, kMarkUseful = 2 };
+
+// One run of stream, reduce or mark: n consecutive elements of a piece, from ordinal `first` (a multiple of
+// kCanonicalBlock).
 struct StreamArgs {
   const Program* program;
   Piece piece;
   std::int64_t first, n;
   Source base;
-  Source models[kMaxModels];
+  Source models[kMaxModels];              // the inputs: with merge importance the models and then their importances
+  const std::uint8_t* marks[kMaxModels];  // bits of the piece, from the byte of its first element on
+  const std::int8_t* ranks[kMaxModels];   // of the run: what rules by rank keep
+  const void* divisors[kMaxModels];       // of the run: what such a rule divides by, or null
+  int compute;                            // kF32 or kF64
+  void* scratch;                          // stream_scratch_bytes(), aligned to 64
+  // stream
   void* out;  // null: statistics only
   int out_dtype;
-  int compute;               // kF32 or kF64
   StreamCounters* counters;  // null: no statistics
   double* block_sums;        // null: no norms; sum of block j of model t at [t * block_stride + j]
   std::int64_t block_stride;
-  void* scratch;  // stream_scratch_bytes(), aligned to 64
+  // reduce: sum of block j of the run in slot k at sums[k * sum_stride + j]
+  const int* quantities;
+  int num_quantities, num_slots;
+  double* sums;
+  std::int64_t sum_stride;
+  // mark: bits of the piece
+  int mark;
+  std::uint8_t* bits[kMaxModels];
 };
 
-constexpr std::int64_t stream_scratch_bytes(int num_models) {
-  // base, result, spare; per model: values, ties, lanes of the norms, and less than a block of counters
-  return std::int64_t(kBlock) * 8 * (4 + 4 * std::int64_t(num_models));
+constexpr std::int64_t stream_scratch_bytes(const Program& program, int num_slots) {
+  // Arrays of a block: 14, one to an input, 4 to a model; and lanes of the norms or sums.
+  return std::int64_t(kBlock) * 8 *
+         (14 + program.num_inputs + 4 * std::int64_t(program.num_models) +
+          (num_slots > program.num_models ? num_slots : program.num_models));
 }
 
 enum Stage : int { kStageOut = 0, kStageKey = 1, kStageTie = 2 };
@@ -129,6 +161,8 @@ constexpr std::int64_t gram_scratch_bytes(int num_models) {
 struct Kernels {
   const char* name;
   void (*stream)(const StreamArgs* args);
+  void (*reduce)(const StreamArgs* args);
+  void (*mark)(const StreamArgs* args);
   void (*sweep)(SweepArgs* args);
   // The words of the elements with flat indices g[0 .. n - 1].
   void (*philox)(std::uint64_t seed, std::uint32_t tensor, std::uint32_t stream, const std::int64_t* g, std::int64_t n,

@@ -22,9 +22,26 @@ void check_piece(const Piece& piece);
 // Throws unless the view has the elements of the piece, a dtype that can be computed with and an aligned address.
 void check_view(const View& view, const Piece& piece, const char* what);
 
-// base, out: null where absent.
-void stream(const Program& program, const Piece& piece, const View* base, const std::vector<View>& models,
-            const View* out, int compute, StreamStats* stats, int threads, const Kernels& kernels);
+// What passes that run a program take. base: null if there is none. marks: per model the bits of the piece, from the
+// byte of its first element on, or null; may be shorter.
+struct PassInputs {
+  const Program* program;
+  Piece piece;
+  const View* base;
+  const std::vector<View>* models;
+  const std::vector<const std::uint8_t*>* marks;
+  int compute, threads;
+  const Kernels* kernels;
+};
+
+// out, stats: null where absent.
+void stream(const PassInputs& inputs, const View* out, StreamStats* stats);
+
+// Sums of quantities, see Quantity, into the slots of `sums` in order; one segment, the tensor.
+void reduce(const PassInputs& inputs, const std::vector<int>& quantities, BlockSums* sums);
+
+// Packed bits per model, see Mark.
+void mark(const PassInputs& inputs, int kind, const std::vector<std::uint8_t*>& bits);
 
 // A null model is left out, as one whose interval is.
 void sweep(SweepStats* stats, const Piece& piece, const View* base, const std::vector<const View*>& models, int compute,

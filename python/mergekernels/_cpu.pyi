@@ -164,6 +164,7 @@ def stream(
     stats: StreamStats | None,
     threads: int,
     isa: str,
+    marks: list[View | None] = ...,
 ) -> None:
     """Runs the fused pass on one piece; without `out` only the statistics are taken.
 
@@ -177,6 +178,35 @@ def stream(
     single, divide) or (6, first, last); a table None or (axis, length, tensor, values), axis 1 rows, 2 columns,
     3 groups, values a contiguous buffer of float64 that is not copied. `thresholds` and `at_least` are those of Useful,
     `balance` a list of (lo, hi, spread, cut, top), `rows` (length, stride) or (0, 0).
+    marks: per model the packed bits of the piece (uint8, contiguous), needed where its rule is (4,).
+    """
+
+def reduce(
+    program: dict[str, Any],
+    quantities: list[int],
+    sums: BlockSums,
+    piece: Box,
+    base: View | None,
+    models: list[View],
+    compute: int,
+    threads: int,
+    isa: str,
+) -> None:
+    """Sums quantities (positions in ops.sums.QUANTITIES) of a flat piece of whole canonical blocks into the slots."""
+
+def mark(
+    program: dict[str, Any],
+    kind: int,
+    piece: Box,
+    base: View | None,
+    models: list[View],
+    marks: list[View],
+    compute: int,
+    threads: int,
+    isa: str,
+) -> None:
+    """Writes one packed bit per element of a flat piece that begins at a multiple of 8: kind 0 kept, 1 agreeing,
+    2 useful. marks: one contiguous view of uint8 per model.
     """
 
 def gram(

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from .. import _cpu
 from .._native import as_tuple
-from ..errors import BackendError
+from ..errors import ArgumentError, BackendError
 from ..ops.keep import Band, Draw, Keep, KeepRule, Marked, RankDraw
 from ..ops.program import Program, Table
-from ..ops.sums import Gram
+from ..ops.sums import QUANTITIES, Gram, Reduce
 from ..ops.sweeps import Sweep
 from ..tensors import DType, Piece, TensorView
 from ._sweeps import per_search
 
-__all__ = ["FEATURES", "gram", "stream", "sweep", "why_not"]
+__all__ = ["FEATURES", "gram", "mark", "reduce", "stream", "sweep", "why_not"]
 
 _TIES = {"all": 0, "none": 1, "hash": 2, "index": 3}
 _VOTES = ("none", "weighted", "plain", "count")
 _MERGES = ("sum", "max", "largest", "importance", "balance")
 _DIVISORS = ("none", "value", "agreeing_weights", "agreeing_count", "kept_count")
+_KINDS = ("kept", "agreeing", "useful")
 _AXES = {"rows": 1, "columns": 2, "groups": 3}
 
-FEATURES: frozenset[str] = frozenset({"gram"})
+FEATURES = frozenset(
+    {
+        *("band", "draw", "marked", "joint", "importance_key", "factors", "table", "groups", "subtract", "anchor"),
+        *("vote", "merge", "divisor", "alone", "limit", "useful", "balance", "importance", "reduce", "mark", "gram"),
+    }
+)
 """See dispatch.Backend."""
 
 
@@ -74,7 +80,7 @@ def sweep(
     """See ops.program.Sweep."""
     _cpu.sweep(
         stats,
-        (piece.g0, piece.rows, piece.cols, piece.ld),
+        _box(piece),
         None if base is None else as_tuple(base),
         [None if v is None else as_tuple(v) for v in per_search(request, models)],
         compute.code,
@@ -96,16 +102,72 @@ def stream(
     compute: DType,
     stats: _cpu.StreamStats | None,
     threads: int,
+    marks: Sequence[TensorView | None] = (),
 ) -> None:
     """See ops.program.Program."""
     _cpu.stream(
         _fields(program),
-        (piece.g0, piece.rows, piece.cols, piece.ld),
+        _box(piece),
         None if base is None else as_tuple(base),
         [as_tuple(v) for v in models],
         None if out is None else as_tuple(out),
         compute.code,
         stats,
+        threads,
+        isa(),
+        [None if v is None else as_tuple(v) for v in marks],
+    )
+
+
+def mark(
+    program: Program,
+    kind: Literal["kept", "agreeing", "useful"],
+    piece: Piece,
+    base: TensorView | None,
+    models: Sequence[TensorView],
+    marks: Sequence[TensorView],
+    *,
+    compute: DType,
+    threads: int,
+) -> None:
+    """See dispatch.Backend."""
+    if kind == "useful" and program.useful is None:
+        raise ArgumentError(
+            "kind is not usable", code="mark.kind", expected="a program with `useful`, for useful", got="none"
+        )
+    _cpu.mark(
+        _fields(program),
+        _KINDS.index(kind),
+        _box(piece),
+        None if base is None else as_tuple(base),
+        [as_tuple(v) for v in models],
+        [as_tuple(v) for v in marks],
+        compute.code,
+        threads,
+        isa(),
+    )
+
+
+def reduce(
+    program: Program,
+    request: Reduce,
+    sums: _cpu.BlockSums,
+    piece: Piece,
+    base: TensorView | None,
+    models: Sequence[TensorView],
+    *,
+    compute: DType,
+    threads: int,
+) -> None:
+    """See ops.sums.Reduce."""
+    _cpu.reduce(
+        _fields(program),
+        [QUANTITIES.index(q) for q in request.quantities],
+        sums,
+        _box(piece),
+        None if base is None else as_tuple(base),
+        [as_tuple(v) for v in models],
+        compute.code,
         threads,
         isa(),
     )
@@ -125,13 +187,17 @@ def gram(
     _cpu.gram(
         sums,
         request.segments.axis == "columns",
-        (piece.g0, piece.rows, piece.cols, piece.ld),
+        _box(piece),
         None if base is None or not request.subtract else as_tuple(base),
         [as_tuple(v) for v in models],
         compute.code,
         threads,
         isa(),
     )
+
+
+def _box(piece: Piece) -> tuple[int, int, int, int]:
+    return (piece.g0, piece.rows, piece.cols, piece.ld)
 
 
 def _fields(program: Program) -> dict[str, Any]:
