@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from array import array
 from typing import Any
@@ -31,7 +32,7 @@ from mergekernels._backends.reference.common import load
 from mergekernels._native import torch_dtype, view_of
 from mergekernels.errors import ArgumentError
 from mergekernels.ops.keep import Draw, Marked, RankBand, RankDraw, Rows
-from mergekernels.ops.program import Program, Useful
+from mergekernels.ops.program import Balance, Program, Useful
 from mergekernels.ops.sums import QUANTITIES, Reduce
 from mergekernels.tensors import F32, Piece
 
@@ -220,6 +221,14 @@ def test_by_hand() -> None:
     anchored = Program((1.0, 0.5), (None, None), anchor="first")
     assert run(anchored, a, b, base=[1.0, 1.0, 1.0, 1.0]) == [5.0, -6.5, 1.0, 0.0]
     assert run(Program((2.0,), (None,), subtract=False), a, base=[1.0] * 4) == [7.0, -5.0, 1.0, 3.0]
+
+
+def test_a_delta_of_zero_has_no_share_of_the_clipped_range() -> None:
+    """It competes with the sign 0, although the range begins above it."""
+    rule = Balance(1.0, 2.0, 0.0, cut=-1.0, top=1.0)
+    program = Program((1.0, 1.0), (None, None), base=False, merge="balance", balance=(rule, rule))
+    share = (math.tanh(4.0) + 1) / 2
+    assert run(program, [0.0], [2.0]) == [pytest.approx(2 * share / (0.5 + share), rel=1e-6)]
 
 
 def test_rows_by_hand() -> None:
