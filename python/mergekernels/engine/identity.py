@@ -86,6 +86,7 @@ def plan_hash(merge: ResolvedMerge, files: Sequence[OutputFile], small: Sequence
         "format": "mergekernels.plan/1",
         "versions": versions(),
         "method": merge.method,
+        "then": merge.then,
         "dialect": merge.dialect,
         "nan": merge.nan,
         "seed": merge.seed,

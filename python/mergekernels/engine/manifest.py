@@ -1,11 +1,11 @@
 """merge_manifest.json: what was merged, how, and the digest of everything that was published.
 
-Keys: format; versions {mergekernels, numeric_policy}; plan_hash; checkpoint_sha256; method, dialect, nan, seed; recipe;
-inputs [{label, path, files [{name, size, mtime_ns, header_sha256}]}]; files [{name, size, sha256, tensors [names in
-order of offset]}]; small_files [{name, size, sha256}]; tensors [{name, dtype, shape, sha256, file, statistics}] in
-order of name; aliases; warnings; manifest_sha256. An input's label is its name in the recipe, its path is absolute.
-The manifest holds no time, no host, no output path and nothing about threads, memory or backend, so equal plans give
-equal bytes.
+Keys: format; versions {mergekernels, numeric_policy}; plan_hash; checkpoint_sha256; method, then, dialect, nan, seed;
+recipe; inputs [{label, path, files [{name, size, mtime_ns, header_sha256}]}]; files [{name, size, sha256, tensors
+[names in order of offset]}]; small_files [{name, size, sha256}]; tensors [{name, dtype, shape, sha256, file,
+statistics}] in order of name; aliases; warnings; manifest_sha256. An input's label is its name in the recipe, its path
+is absolute. The manifest holds no time, no host, no output path and nothing about threads, memory or backend, so equal
+plans give equal bytes.
 
 `manifest_sha256` is the SHA-256 of the file's bytes with the 64 digits of that value left out (the value is "").
 """
@@ -44,6 +44,7 @@ def manifest_bytes(plan: Plan, receipts: Sequence[Receipt]) -> tuple[bytes, str]
         "plan_hash": plan.hash,
         "checkpoint_sha256": digest,
         "method": merge.method,
+        "then": [{name: dict(params)} for name, params in merge.then],
         "dialect": merge.dialect,
         "nan": merge.nan,
         "seed": merge.seed,

@@ -11,7 +11,6 @@ from typing import Any
 
 from .._backends._device import place
 from .._backends.dispatch import load, pick, requested, require
-from .._methods import get
 from .._methods.protocol import Method
 from ..errors import ArgumentError, BackendError, InputError, MergeError, OutputError, PlanError
 from ..tensors import BF16, TensorView
@@ -21,7 +20,7 @@ from .layout import OutputFile, index_json, lay_out
 from .memory import TILE_BYTES, Budget, cut_budget, default_threads, memory_limit
 from .resolved import ResolvedMerge
 from .smallfiles import SmallFile, small_files
-from .specs import Specs, sources_of
+from .specs import Specs, method_of, sources_of
 from .staging import OutState, inspect_out
 from .summary import summarise
 from .survey import Survey, survey, widest
@@ -87,12 +86,12 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data.
 
-        Keys: plan_hash, method, dialect, seed, nan, backend, device, threads, memory (bytes), tile_bytes,
-        inputs [{label, path, files, tensors, bytes}], output {files: [{name, bytes, tensors}], small_files: [names],
-        tensors, bytes, merged, buffers, copies, aliases}, scope ("tensor" or "model"), passes {reads, sampled,
-        writes}, bytes_read, bytes_written, peak_memory, disk {path, needed, free} or None, time {seconds, read_rate,
-        write_rate, assumed}, parameters [{params, tensors: count, examples: [names]}], state ("absent", "done",
-        "resumable", "exists", "other-plan" or None), warnings [str].
+        Keys: plan_hash, method, then [{modifier: parameters}], dialect, seed, nan, backend, device, threads, memory
+        (bytes), tile_bytes, inputs [{label, path, files, tensors, bytes}], output {files: [{name, bytes, tensors}],
+        small_files: [names], tensors, bytes, merged, buffers, copies, aliases}, scope ("tensor" or "model"), passes
+        {reads, sampled, writes}, bytes_read, bytes_written, peak_memory, disk {path, needed, free} or None, time
+        {seconds, read_rate, write_rate, assumed}, parameters [{params, tensors: count, examples: [names]}], state
+        ("absent", "done", "resumable", "exists", "other-plan" or None), warnings [str].
         """
         return summarise(self)
 
@@ -117,7 +116,7 @@ def make_plan(
     """
     if shard_size < 1:
         raise ArgumentError("not a shard size", code="shard-size", expected="at least 1 byte", got=str(shard_size))
-    method = get(merge.method)
+    method = method_of(merge)
     name = _pick_backend(backend, device)
     specs = Specs(merge, method)
     count = default_threads(threads)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import _cpu
-from .._methods import get
 from .._native import torch_dtype, view_of
 from .._rounds import resolve_scope
 from ..errors import InputError, MergeError, PlanError
@@ -26,7 +25,7 @@ from ..tensors import DType, Piece, TensorView
 from .identity import NUMERIC_POLICY, input_identities
 from .pool import Reader
 from .resolved import ResolvedMerge, ResolvedTensor, Source
-from .specs import Specs, sources_of
+from .specs import Specs, method_of, sources_of
 
 if TYPE_CHECKING:
     import torch
@@ -173,7 +172,7 @@ class _Again:
 
         self._merge = merge
         self._published = published
-        self._method = get(merge.method)
+        self._method = method_of(merge)
         self._specs = Specs(merge, self._method)
         self._call = Call(self._method, {}, merge.dialect, merge.nan, merge.seed, "reference", 1, 0)
         self._backend = load("reference")

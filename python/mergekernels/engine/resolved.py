@@ -33,7 +33,7 @@ class ResolvedTensor:
     dtype : of the output. cast : load cast of models and base (None for none). params : recipe name -> value, per-model
     ones as tuples, complete with defaults and checked.
     companions : how many of `models`, the last ones, are not models but accompany them, one each.
-    block : (number of its layer, number of layers of the output), None outside the layer stack.
+    block : (number of its layer block, number of blocks of the output), None outside the layer stack.
     """
 
     name: str
@@ -52,6 +52,7 @@ class ResolvedTensor:
 class ResolvedMerge:
     """Everything that determines the bytes of the output.
 
+    then : names and parameters of the modifiers that follow the method.
     tensors : in order of name (UTF-8 bytes). donor : input whose config and other small files are copied.
     tokenizer : input whose tokenizer files are copied. config : fields of config.json to set.
     aliases : tied tensors, left out of the output (name -> name of the tensor that stands for it).
@@ -71,4 +72,5 @@ class ResolvedMerge:
     aliases: Mapping[str, str] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
     recipe_file: str = ""
+    then: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     warnings: tuple[str, ...] = ()

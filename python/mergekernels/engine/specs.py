@@ -6,6 +6,8 @@ from dataclasses import replace
 from math import prod
 from typing import Literal
 
+from .._methods import get
+from .._methods.modifiers import modified
 from .._methods.protocol import Coeffs, Method, Round, Spec
 from ..errors import InputError
 from ..ops.selection import Scope
@@ -13,7 +15,12 @@ from ..ops.sums import Segments
 from ..tensors import DType, compute_dtype, tensor_id
 from .resolved import ResolvedMerge, ResolvedTensor, Source
 
-__all__ = ["Specs", "sources_of"]
+__all__ = ["Specs", "method_of", "sources_of"]
+
+
+def method_of(merge: ResolvedMerge) -> Method:
+    """The method of a merge, with the modifiers that follow it."""
+    return modified(get(merge.method), [name for name, _ in merge.then])
 
 
 def sources_of(tensor: ResolvedTensor) -> tuple[Source, ...]:

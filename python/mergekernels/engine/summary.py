@@ -27,6 +27,7 @@ def summarise(plan: Plan) -> dict[str, Any]:
     result: dict[str, Any] = {
         "plan_hash": plan.hash,
         "method": merge.method,
+        "then": [{name: dict(params)} for name, params in merge.then],
         "dialect": merge.dialect,
         "seed": merge.seed,
         "nan": merge.nan,

@@ -34,7 +34,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         if output.get(key)
     ]
     parts = [
-        f"method     {plan['method']} (dialect {plan['dialect']}, seed {plan['seed']}, NaN: {plan['nan']})",
+        f"method     {_method(plan)} (dialect {plan['dialect']}, seed {plan['seed']}, NaN: {plan['nan']})",
         f"backend    {plan['backend']} on {plan['device']}, {plural(plan['threads'], 'thread')}",
         "inputs",
         indent(table(inputs, right=(3, 4))),
@@ -72,6 +72,11 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     parts.append(f"plan hash  {plan['plan_hash']}")
     parts += [f"warning: {w}" for w in plan["warnings"]]
     return "\n".join(parts)
+
+
+def _method(plan: Mapping[str, Any]) -> str:
+    """The method and the modifiers that follow it."""
+    return ", then ".join([plan["method"], *(name for entry in plan.get("then") or () for name in entry)])
 
 
 def _number(tensors: Any) -> int:

@@ -13,7 +13,7 @@ from ...tensors import DType, promote
 from ..resolved import ResolvedTensor, Source
 from .mapping import Output
 from .names import is_optional_buffer, is_vocabulary
-from .settings import Setting, find
+from .settings import Setting, find, params_of
 from .slices import Slice, SliceSource
 from .source import Document
 
@@ -91,7 +91,7 @@ class Assembler:
         params = self._params(output)
         if params is None:
             return None
-        companions = self._companions(output, params, shape)
+        companions = self._companions(output, shape)
         if companions is None:
             return None
         work = self.cast or promote(dtypes)
@@ -106,16 +106,19 @@ class Assembler:
             cast,
             params,
             len(companions),
-            output.block,
         )
 
-    def _companions(
-        self, output: Output, params: Mapping[str, Any], shape: tuple[int, ...]
-    ) -> tuple[Source, ...] | None:
+    def _companions(self, output: Output, shape: tuple[int, ...]) -> tuple[Source, ...] | None:
         """The tensors that accompany those of the models; None after noting what is wrong with them."""
         name = self.method.info.companions
+        if not name:
+            return ()
+        param = params_of(self.method.info)[name]
         found = []
-        for index, label in zip(output.slice.models, params[name] if name else (), strict=False):
+        for index in output.slice.models:
+            label = self._value(param, output.slice, output, index)
+            if label is REQUIRED:
+                continue
             position, tensor = self.where(label), output.tensors[index]
             info = self.inputs[position].tensors.get(tensor or "")
             if info is None:
@@ -127,7 +130,7 @@ class Assembler:
                 self._unsupported.setdefault((position, info.dtype.name), []).append(info.name)
             else:
                 found.append(Source(position, info.name))
-        return tuple(found) if not name or len(found) == len(output.slice.models) else None
+        return tuple(found) if len(found) == len(output.slice.models) else None
 
     def _name_in(self, source: SliceSource, output: Output) -> str:
         """What the missing tensor would be called in `source`."""

@@ -16,15 +16,13 @@ __all__ = ["Output", "Tying", "depth", "expand", "find_tying"]
 class Output:
     """One output tensor. tensors : its name in each source of `slice`, None where that source lacks it.
 
-    t : position in the slice's gradients, None outside the stack. block : (number of its layer, number of layers),
-    likewise.
+    t : position in the slice's gradients, None outside the stack.
     """
 
     name: str
     slice: Slice
     t: float | None
     tensors: tuple[str | None, ...]
-    block: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def expand(
         layers.append(by_layer)
         outside.append(rest)
     outputs = _outside(slices[0], inputs, outside, tying, first=True)
-    number, total = 0, sum(s.length for s in slices)
+    number = 0
     for slice_ in slices:
         for offset in range(slice_.length):
             assert stack is not None
@@ -107,7 +105,7 @@ def expand(
                     stack.join(s.first + offset, rest_) if rest_ in has else None
                     for s, has in zip(slice_.sources, present, strict=True)
                 )
-                outputs.append(Output(stack.join(number, rest_), slice_, t, names, (number, total)))
+                outputs.append(Output(stack.join(number, rest_), slice_, t, names))
             number += 1
     return outputs + _outside(slices[-1], inputs, outside, tying, first=False)
 

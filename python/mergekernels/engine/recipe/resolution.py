@@ -22,6 +22,7 @@ from .mapping import depth, expand, find_tying
 from .names import Stack, find_stack
 from .settings import Setting
 from .slices import Slice, SliceBuilder, open_inputs
+from .then import modified_method, numbered, then_level
 from .values import Reference, nearest
 
 __all__ = ["resolve"]
@@ -63,13 +64,22 @@ class _Resolution:
     def run(self, seed: int | None) -> ResolvedMerge:
         """The resolved merge."""
         schema = self.schema
-        method = self._method()
+        plain = self._method()
+        method = None if plain is None else modified_method(plain, schema.then, self.document, self.problems)
         builder = None
-        if method is not None:
+        then: dict[str, Setting] = {}
+        if plain is not None:
+            then = then_level(
+                schema.then,
+                self.document,
+                lenient=self.recipe.lenient,
+                problems=self.problems,
+                warnings=self.warnings,
+            )
             builder = SliceBuilder(
                 self.document,
                 schema,
-                method.info,
+                plain.info,
                 self.inputs,
                 lenient=self.recipe.lenient,
                 problems=self.problems,
@@ -87,7 +97,7 @@ class _Resolution:
         tokenizer = self._tokenizer()
         if method is None or builder is None or not opened or not self.recipe.whole:
             raise self._failure()
-        shared = builder.levels[()]
+        shared = builder.levels[()] | then
         count = len(self.problems)
         stack = self._stack(checkpoints)
         slices = builder.build(stack, self._depths(checkpoints, stack))
@@ -116,12 +126,13 @@ class _Resolution:
         self._unused(shared, slices)
         donor = self._donor(slices)
         return ResolvedMerge(
-            method=method.info.name,
+            method=schema.merge_method,
+            then=tuple((e.name, dict(e.parameters or {})) for e in schema.then if e is not None),
             dialect=schema.dialect,
             nan=schema.nan,
             seed=schema.seed if seed is None else seed,
             inputs=tuple(checkpoints),
-            tensors=tuple(tensors),
+            tensors=tuple(numbered(tensors, stack if schema.layers is not None else None, then)),
             donor=donor,
             tokenizer=donor if tokenizer is None else tokenizer,
             chat_template=chat_template,

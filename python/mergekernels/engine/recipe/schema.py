@@ -14,7 +14,7 @@ from . import values
 from .source import Document
 from .values import A_WRONG_VALUE, PLANNED, Loc, Reference, Wrong, nearest
 
-__all__ = ["ModelEntry", "RecipeSchema", "SliceEntry", "SourceEntry", "validate"]
+__all__ = ["ModelEntry", "RecipeSchema", "SliceEntry", "SourceEntry", "ThenEntry", "validate"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,14 @@ class SliceEntry:
 
 
 @dataclass(frozen=True)
+class ThenEntry:
+    """An entry of `then`: a modifier and its parameters."""
+
+    name: str
+    parameters: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class RecipeSchema:
     """The top level. An entry that is wrong is None, here and in the lists of sources."""
 
@@ -60,6 +68,7 @@ class RecipeSchema:
     seed: int = 0
     nan: Literal["error", "propagate"] = "error"
     layers: str | None = None
+    then: tuple[ThenEntry | None, ...] = ()
 
 
 def validate(document: Document, *, lenient: bool) -> tuple[RecipeSchema, list[str], list[MergeError], bool]:
@@ -129,10 +138,11 @@ class _Checker:
                 "seed": values.seed,
                 "nan": values.nan,
                 "layers": values.layers,
+                "then": self.list_of(self.modifier),
             },
             ("merge_method",),
         )
-        names = ("merge_method", "models", "slices", "base_model", "layers")
+        names = ("merge_method", "models", "slices", "base_model", "layers", "then")
         if fields is None or any(data.get(name) is not None and name not in fields for name in names):
             self.whole = False
         fields = {"merge_method": "", **(fields or {})}
@@ -147,6 +157,17 @@ class _Checker:
         """An entry of `models`."""
         fields = self.fields(value, loc, {"model": values.reference, "parameters": values.mapping}, ("model",))
         return None if fields is None else ModelEntry(**fields)
+
+    def modifier(self, value: Any, loc: Loc) -> ThenEntry | None:
+        """An entry of `then`."""
+        if not isinstance(value, dict) or len(value) != 1:
+            self._wrong(loc, value, Wrong(A_WRONG_VALUE, "one modifier with its parameters, as in lines: {alpha: 0.2}"))
+            return None
+        ((name, parameters),) = value.items()
+        if not isinstance(parameters, (dict, type(None))):
+            self._wrong((*loc, name), parameters, Wrong(A_WRONG_VALUE, "a mapping of parameters"))
+            return None
+        return ThenEntry(name, parameters)
 
     def slice(self, value: Any, loc: Loc) -> SliceEntry | None:
         """An entry of `slices`."""

@@ -11,7 +11,7 @@ from ..._methods.protocol import MethodInfo, Param
 from ...errors import MergeError, RecipeError, cut, nearest
 from .source import Document
 
-__all__ = ["Condition", "Setting", "compile_level", "find"]
+__all__ = ["Condition", "Setting", "compile_level", "find", "params_of"]
 
 Loc = tuple[str | int, ...]
 
@@ -60,6 +60,15 @@ class Setting:
         return not self.filtered and all(len(c.values) == 1 for c in self.conditions)
 
 
+def params_of(info: MethodInfo) -> dict[str, Param]:
+    """The parameters of a method in a recipe: its own, and the one that names what accompanies each model."""
+    params = {p.name: p for p in info.params}
+    if info.companions:
+        text = f"the checkpoint that accompanies the model: {info.companions} of the same names and shapes"
+        params.setdefault(info.companions, Param(info.companions, "str", text, per_model=True))
+    return params
+
+
 def find(levels: Iterable[Setting | None], name: str, t: float | None) -> Any:
     """The value of the first level that has one for the tensor `name` at `t`; None if none has.
 
@@ -86,15 +95,16 @@ def compile_level(
     lenient: bool,
     problems: list[MergeError],
     warnings: list[str],
+    key: str = "parameters",
 ) -> dict[str, Setting]:
-    """The settings of the `parameters` mapping at `loc`, checked for names, types and ranges.
+    """The settings of the mapping called `key` at `loc`, checked for names, types and ranges.
 
     What is wrong is appended to `problems` (unknown names to `warnings` if `lenient`).
     """
     result: dict[str, Setting] = {}
-    params = {p.name: p for p in info.params}
+    params = params_of(info)
     for name, value in (parameters or {}).items():
-        here = (*loc, "parameters", name)
+        here = (*loc, key, name)
         param = params.get(name)
         if param is None:
             error = RecipeError(

@@ -11,7 +11,7 @@ from ...errors import InputError, MergeError, RecipeError
 from .inputs import Inputs
 from .names import Stack
 from .schema import RecipeSchema, SliceEntry
-from .settings import Setting, compile_level
+from .settings import Setting, compile_level, params_of
 from .source import Document
 from .values import Reference
 
@@ -214,7 +214,7 @@ class SliceBuilder:
         is_base = position == base
         merged = not is_base or self.info.base in ("input", "first")
         settings = self.levels.get(loc, {})
-        params = {p.name: p for p in self.info.params}
+        params = params_of(self.info)
         for name in list(settings):
             why = None
             if not params[name].per_model:

@@ -33,7 +33,6 @@ PLANNED = {
     "modules": "recipes for models of several modules are planned; use models: or slices: for the whole checkpoint",
     "residual_weight": "mergekit reads residual_weight and never uses it; remove it",
     "name": "named results of recipes with several documents are planned; run one recipe per document",
-    "then": "modifiers of the merged task vector are planned",
     "output": "adapters as results are planned; the result is a full checkpoint",
     "lora": "adapters as inputs (model+adapter) are planned; merge the adapter into its model first",
     "override_architecture": "there is no table of architectures here; remove it",

@@ -1,0 +1,238 @@
+"""The key `then`, a base that is the first input, companions, and the parameters of all methods in mergekit's words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import engine_cases as cases
+import mergekernels as mk
+from mergekernels import _methods
+from mergekernels._methods.protocol import Coeffs, MethodInfo, Param, Spec
+from mergekernels._methods.task_arithmetic import TaskArithmetic
+from mergekernels.engine.recipe import load_recipe, resolve
+from mergekernels.engine.specs import Specs, method_of
+from mergekernels.errors import MergeError, PlanError
+from mergekernels.ops.program import Program
+from recipe_checkpoints import llama_shapes, save
+from test_engine_rounds import read
+
+LINES = "merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: m1, parameters: {weight: 1}}]\n"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "m1", "m2", "m3"):
+        save(tmp_path / name)
+    return tmp_path
+
+
+def problems_of(text: str) -> list[str]:
+    with pytest.raises(MergeError) as caught:
+        resolve(load_recipe(text, collect=True))
+    error = caught.value
+    return [str(p) for p in error.problems] if isinstance(error, PlanError) else [str(error)]
+
+
+def test_then_is_resolved_and_numbers_blocks(here: Path) -> None:
+    merge = resolve(load_recipe(LINES + "then: [{lines: {alpha: 0.2}}]\n"))
+    assert merge.then == (("lines", {"alpha": 0.2}),)
+    assert method_of(merge).info.name == "task_arithmetic + lines"
+    blocks = {t.name: t.block for t in merge.tensors}
+    assert blocks["model.layers.2.mlp.gate_proj.weight"] == (2, 3)
+    assert blocks["lm_head.weight"] is None
+    assert {t.params["lines.alpha"] for t in merge.tensors} == {0.2}
+
+
+def test_blocks_by_the_pattern_of_lines_and_by_the_layers_of_the_recipe(here: Path) -> None:
+    pattern = r"'layers\.([01])\.'"
+    merge = resolve(load_recipe(LINES + f"then:\n- lines: {{alpha: 0.2, blocks: {pattern}}}\n"))
+    assert {t.block for t in merge.tensors} == {None, (0, 2), (1, 2)}
+    merge = resolve(load_recipe(LINES + "layers: model.layers.*\nthen: [{lines: {alpha: 0.2}}]\n"))
+    assert {t.block for t in merge.tensors} == {None, (0, 3), (1, 3), (2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("then", "message"),
+    [
+        ("[{line: {alpha: 1}}]", "line 4: unknown modifier; expected lines; got 'line'. Did you mean 'lines'?"),
+        ("[{lines: {alfa: 1}}]", "line 4: lines has no parameter 'alfa'; expected one of alpha, beta, blocks"),
+        ("[{lines: {alpha: x}}]", "line 4: parameter 'alpha': wrong type; expected a finite number; got 'x'"),
+        ("[{lines: {alpha: [0, 1]}}]", "line 4: parameter 'alpha' of lines varies with the tensor; expected one value"),
+        ("[{lines: {alpha: 1}}, {lines: {alpha: 1}}]", "line 4: the modifier 'lines' is there twice; expected once"),
+        ("[lines]", "line 4: 'then.0' has a wrong value; expected one modifier with its parameters"),
+        ("{lines: {alpha: 1}}", "line 4: 'then' has a wrong value; expected a list; got a mapping"),
+        ("[{lines: 3}]", "line 4: 'then.0.lines' has a wrong value; expected a mapping of parameters; got 3"),
+        ("[{lines: {}}]", "line 3: tensor 'model.embed_tokens.weight': lines needs alpha"),
+    ],
+)
+def test_what_is_wrong_with_then_names_its_line(here: Path, then: str, message: str) -> None:
+    (problem, *rest) = problems_of(LINES + f"then: {then}\n")
+    assert problem.startswith(message)
+    assert not rest
+
+
+def test_then_needs_a_task_vector(here: Path) -> None:
+    text = "merge_method: linear\nmodels: [{model: m1, parameters: {weight: 1}}]\nthen: [{lines: {alpha: 1}}]\n"
+    assert problems_of(text)[0].startswith("line 3: lines scales a task vector, and linear makes none")
+
+
+@pytest.mark.parametrize("lines", [{"alpha": 0.25}, {"beta": 0.5}])
+def test_lines_out_of_core_equals_the_call_and_is_recorded(tmp_path: Path, lines: dict[str, float]) -> None:
+    cases.family(tmp_path)
+    path = cases.recipe(tmp_path, "task_arithmetic", parameters={"weight": 0.5}, then=[{"lines": lines}])
+    plain = cases.recipe(tmp_path, "task_arithmetic", name="plain.yml", parameters={"weight": 0.5})
+    plan = cases.plan_of(path, tmp_path / "o", backend="reference")
+    assert plan.hash != cases.plan_of(plain, tmp_path / "o").hash
+    cases.run_of(path, tmp_path / "out", backend="reference", tile=4096)
+    manifest = json.loads((tmp_path / "out/merge_manifest.json").read_text())
+    assert manifest["then"] == [{"lines": lines}]
+    assert plan.to_dict()["then"] == [{"lines": lines}]
+    base, *tuned = cases.state_dicts()
+    expected = mk.merge_state_dicts(
+        tuned, "task_arithmetic", base=base, weights=0.5, backend="reference", then=[("lines", lines)]
+    )
+    for name, tensor in read(tmp_path / "out").items():
+        assert torch.equal(tensor, expected[name]), name
+    assert mk.verify(tmp_path / "out", recompute=3).ok
+
+
+class Pair(TaskArithmetic):
+    """The base and the models as inputs."""
+
+    info = MethodInfo(
+        name="pair", purpose="", formula="", params=(Param("t", "float", "place"),), base="first", passes="", source=""
+    )
+
+    def apply(self, spec: Spec, coeffs: Coeffs) -> Program:
+        t = spec.params["t"]
+        assert not spec.has_base
+        return Program((1 - t, *((t,) * (spec.num_models - 1))), (None,) * spec.num_models, base=False)
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        "models: [{model: m1}, {model: m2}]",
+        "models: [{model: m1}, {model: base}, {model: m2}]",
+        "slices: [{sources: [{model: m1, layer_range: [0, 3]}, {model: m2, layer_range: [0, 3]}, "
+        "{model: base, layer_range: [0, 3]}]}]",
+    ],
+)
+def test_a_base_that_is_the_first_input(here: Path, monkeypatch: pytest.MonkeyPatch, models: str) -> None:
+    monkeypatch.setitem(_methods._METHODS, "pair", Pair())
+    merge = resolve(load_recipe(f"merge_method: pair\nbase_model: base\n{models}\nparameters: {{t: 0.5}}\n"))
+    labels = {tuple(merge.inputs[s.input].label for s in t.models) for t in merge.tensors}
+    assert labels == {("base", "m1", "m2")}
+    assert all(t.base is None for t in merge.tensors)
+    specs = Specs(merge, method_of(merge))
+    assert all(specs.spec(i).num_models == 3 for i in specs.members)
+    assert problems_of(f"merge_method: pair\n{models.replace('{model: base},', '')}\nparameters: {{t: 0.5}}\n")[
+        0
+    ].startswith("line 1: pair needs a base_model")
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("kind", ["models", "slices"])
+def test_two_models_of_slerp(here: Path, listed: bool, kind: str) -> None:
+    entries = ["m1", "base"] if listed or kind == "slices" else ["m1"]
+    if kind == "models":
+        text = f"models: [{', '.join(f'{{model: {m}}}' for m in entries)}]\n"
+    else:
+        text = f"slices: [{{sources: [{', '.join(f'{{model: {m}, layer_range: [0, 3]}}' for m in entries)}]}}]\n"
+    t = "parameters: {t: [{filter: self_attn, value: [0, 0.5, 1]}, {value: 0.25}]}\n"
+    merge = resolve(load_recipe("merge_method: slerp\nbase_model: base\n" + text + t))
+    found = {name: p["t"] for name, p in ((x.name, x.params) for x in merge.tensors)}
+    assert found["model.layers.1.self_attn.q_proj.weight"] == 0.5
+    assert found["model.layers.1.mlp.gate_proj.weight"] == 0.25
+    assert {merge.inputs[x.models[0].input].label for x in merge.tensors} == {"base"}
+
+
+class Weighted(TaskArithmetic):
+    """Importances beside the models."""
+
+    info = MethodInfo(
+        name="weighted",
+        purpose="",
+        formula="",
+        params=(),
+        base="input",
+        passes="",
+        source="",
+        companions="importance",
+    )
+
+    def apply(self, spec: Spec, coeffs: Coeffs) -> Program:
+        models = spec.num_models
+        return Program((1.0,) * models, (None,) * models, base=False, merge="importance", epsilon=1e-6)
+
+
+IMPORTANCE = """merge_method: weighted
+models:
+- model: m1
+  parameters: {importance: f1}
+- model: m2
+  parameters: {importance: f2}
+"""
+
+
+def test_companions_follow_the_models(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_methods._METHODS, "weighted", Weighted())
+    for name in ("f1", "f2"):
+        save(here / name, dtype="F32", config=None)
+    merge = resolve(load_recipe(IMPORTANCE + "dtype: bfloat16\n"))
+    for tensor in merge.tensors:
+        assert [merge.inputs[s.input].label for s in tensor.models] == ["m1", "m2", "f1", "f2"]
+        assert tensor.companions == 2 and tensor.dtype.name == "BF16"
+    specs = Specs(merge, method_of(merge))
+    assert specs.spec(0).num_models == 2
+
+
+def test_companions_that_do_not_fit_are_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_methods._METHODS, "weighted", Weighted())
+    shapes = llama_shapes()
+    del shapes["lm_head.weight"]
+    shapes["model.norm.weight"] = (5,)
+    save(here / "f1", dtype="F32")
+    assert problems_of(IMPORTANCE)[0].startswith("line 6: model 'f2' does not exist")
+    missing = IMPORTANCE.replace("  parameters: {importance: f2}\n", "")
+    assert problems_of(missing)[0].startswith("line 5: required parameter 'importance' of 'm2' is missing")
+    save(here / "f2", shapes, dtype="F32", config=None)
+    found = problems_of(IMPORTANCE)
+    assert any("1 tensor missing that other inputs have: 'lm_head.weight'" in p and "f2" in p for p in found)
+    assert any("importance and model differ in shape" in p and "'f2': [5]" in p for p in found)
+
+
+def test_importances_out_of_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_methods._METHODS, "weighted", Weighted())
+    cases.family(tmp_path, models=2)
+    _, *tuned = cases.state_dicts(2)
+    importances = []
+    for i in range(2):
+        state = {n: t.float().abs() + i for n, t in tuned[i].items() if t.is_floating_point()}
+        state["model.position_ids"] = tuned[0]["model.position_ids"]
+        cases.save(tmp_path / f"f{i}", state)
+        importances.append(state)
+    data: dict[str, Any] = {
+        "merge_method": "weighted",
+        "models": [
+            {"model": str(tmp_path / f"tuned{i + 1}"), "parameters": {"importance": str(tmp_path / f"f{i}")}}
+            for i in range(2)
+        ],
+    }
+    (tmp_path / "w.yml").write_text(json.dumps(data))
+    digests = set()
+    for i, options in enumerate(({"tile": 4096}, {"threads": 3}, {"memory": 9_000_000})):
+        report = cases.run_of(tmp_path / "w.yml", tmp_path / f"o{i}", backend="reference", **options)
+        digests.add(report.checkpoint_sha256)
+    assert len(digests) == 1
+    expected = mk.merge_state_dicts(
+        tuned, "weighted", importance=importances, backend="reference", out_dtype=torch.bfloat16
+    )
+    for name, tensor in read(tmp_path / "o0").items():
+        assert torch.equal(tensor, expected[name]), name
