@@ -3,6 +3,7 @@
 
 #include "bind_cuda.h"
 
+#include <algorithm>
 #include <optional>
 
 namespace py = pybind11;
@@ -19,7 +20,8 @@ using mk::KeepTuple;
 using mk::PieceTuple;
 using mk::pointer;
 using mk::to_piece;
-using IntervalTuple = std::tuple<int, std::uint64_t, std::uint64_t, std::uint64_t>;
+// (stage, lo, hi, tau, model)
+using IntervalTuple = std::tuple<int, std::uint64_t, std::uint64_t, std::uint64_t, int>;
 
 int bin_shift(std::uint64_t lo, std::uint64_t hi) {
   int bits = 0;
@@ -109,31 +111,43 @@ void block_sums(const py::tuple& program, const mk::Piece& piece, Address base, 
   if (a.n > 0) mk::launch_block_sums(a, dtype, queue);
 }
 
-mk::SweepArgs sweep_args(const std::vector<IntervalTuple>& intervals, const mk::Piece& piece, Address base,
-                         const std::vector<Address>& models) {
-  check_models(models);
-  if (intervals.size() != models.size()) throw py::value_error("a sweep needs one interval for each model");
-  mk::SweepArgs a{};
-  a.n = piece.rows * piece.cols;
-  a.piece = piece;
-  a.base = pointer<const void>(base);
-  a.num_models = static_cast<int>(models.size());
-  a.aligned = all_aligned(models, base, 0);
-  a.quads = is_quads(piece);
-  for (std::size_t m = 0; m < models.size(); ++m) {
-    const auto& [stage, lo, hi, tau] = intervals[m];
+// Searches begin .. begin + 63 of a call; false if none of them takes part.
+bool set_searches(const std::vector<IntervalTuple>& intervals, const std::vector<Address>& models, std::size_t begin,
+                  mk::SweepArgs* a) {
+  const bool joint = mk::is_joint(*a);
+  a->begin = static_cast<int>(begin);
+  a->count = static_cast<int>(std::min<std::size_t>(intervals.size() - begin, mk::kMaxSearches));
+  bool any = false;
+  for (int s = 0; s < a->count; ++s) {
+    const auto& [stage, lo, hi, tau, model] = intervals[begin + static_cast<std::size_t>(s)];
+    a->stage[s] = static_cast<std::int8_t>(stage);
+    a->lo[s] = lo;
+    a->hi[s] = hi;
+    a->tau[s] = tau;
+    a->which[s] = static_cast<std::int8_t>(model);
+    a->shift[s] = static_cast<std::uint8_t>(bin_shift(lo, hi));
+    any = any || stage != mk::kStageLeftOut;
+    if (!joint) a->models[s] = pointer<const void>(models[begin + static_cast<std::size_t>(s)]);
+  }
+  return any;
+}
+
+void check_searches(const std::vector<IntervalTuple>& intervals, const std::vector<Address>& models, bool joint) {
+  if (intervals.empty()) throw py::value_error("a sweep needs a search");
+  if (joint) {
+    check_models(models);
+  } else if (intervals.size() != models.size()) {
+    throw py::value_error("a sweep needs one tensor for each search");
+  }
+  for (std::size_t s = 0; s < intervals.size(); ++s) {
+    const auto& [stage, lo, hi, tau, model] = intervals[s];
     if (stage < mk::kStageLeftOut || stage > mk::kStageTies || lo > hi)
       throw py::value_error("an interval needs a stage of 0, 1 or 2 and lo <= hi");
-    if ((stage == mk::kStageLeftOut) != (models[m] == 0))
-      throw py::value_error("a model that is left out has no address, any other has one");
-    a.models[m] = pointer<const void>(models[m]);
-    a.stage[m] = static_cast<std::int8_t>(stage);
-    a.lo[m] = lo;
-    a.hi[m] = hi;
-    a.tau[m] = tau;
-    a.shift[m] = static_cast<std::uint8_t>(bin_shift(lo, hi));
+    if (model < 0 || model >= (joint ? static_cast<int>(models.size()) : mk::kMaxModels))
+      throw py::value_error("an interval names no model of the call");
+    if (!joint && (stage == mk::kStageLeftOut) != (models[s] == 0))
+      throw py::value_error("a search that is left out has no address, any other has one");
   }
-  return a;
 }
 
 }  // namespace
@@ -175,10 +189,27 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
       "sweep",
       [](const std::vector<IntervalTuple>& intervals, bool by_word, const PieceTuple& piece, Address base,
          const std::vector<Address>& models, int dtype, int compute, std::uint64_t seed, std::uint32_t tensor,
-         std::int64_t offset, std::int64_t capacity, Address counters, Address ordinals, Address indices, Address bins,
-         int device, Address queue) {
+         std::int64_t offset, std::int64_t capacity, int key, Address numbers, std::int64_t row_length,
+         Address counters, Address ordinals, Address indices, Address bins, int device, Address queue) {
         check_code(dtype, "dtype");
-        mk::SweepArgs a = sweep_args(intervals, to_piece(piece), base, models);
+        if (key < mk::kKeyDelta || key > mk::kKeyBalance || row_length < 1 ||
+            (key >= mk::kKeyImportance && numbers == 0))
+          throw py::value_error("a key is out of its range");
+        mk::SweepArgs a{};
+        a.key = key;
+        a.numbers = pointer<const void>(numbers);
+        a.row_length = row_length;
+        check_searches(intervals, models, mk::is_joint(a));
+        a.piece = to_piece(piece);
+        a.n = a.piece.rows * a.piece.cols;
+        a.base = pointer<const void>(base);
+        a.aligned = all_aligned(models, base, 0);
+        a.quads = is_quads(a.piece);
+        a.total = static_cast<int>(intervals.size());
+        if (mk::is_joint(a)) {
+          a.num_models = static_cast<int>(models.size());
+          for (std::size_t m = 0; m < models.size(); ++m) a.models[m] = pointer<const void>(models[m]);
+        }
         a.by_word = by_word;
         a.seed = seed;
         a.tensor = tensor;
@@ -191,17 +222,22 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
         const mk::Queue to{device, pointer<void>(queue)};
         const py::gil_scoped_release release;
         if (a.n <= 0) return;
-        if (compute == mk::kF64) {
-          mk::launch_sweep<double>(a, dtype, to);
-        } else {
-          mk::launch_sweep<float>(a, dtype, to);
+        for (std::size_t begin = 0; begin < intervals.size(); begin += mk::kMaxSearches) {
+          // The first launch reports the base too, unless only bins are wanted.
+          if (!set_searches(intervals, models, begin, &a) && (begin != 0 || a.bins != nullptr)) continue;
+          if (compute == mk::kF64) {
+            mk::launch_sweep<double>(a, dtype, to);
+          } else {
+            mk::launch_sweep<float>(a, dtype, to);
+          }
         }
       },
       py::arg("intervals"), py::arg("by_word"), py::arg("piece"), py::arg("base"), py::arg("models"), py::arg("dtype"),
-      py::arg("compute"), py::arg("seed"), py::arg("tensor"), py::arg("offset"), py::arg("capacity"),
-      py::arg("counters"), py::arg("ordinals"), py::arg("indices"), py::arg("bins"), py::arg("device"),
-      py::arg("queue"));
+      py::arg("compute"), py::arg("seed"), py::arg("tensor"), py::arg("offset"), py::arg("capacity"), py::arg("key"),
+      py::arg("numbers"), py::arg("row_length"), py::arg("counters"), py::arg("ordinals"), py::arg("indices"),
+      py::arg("bins"), py::arg("device"), py::arg("queue"));
   mk::bind_programs(m);
+  mk::bind_sums(m);
   m.def("devices", [] {
     char reason[256];
     const int count = mk::num_devices(reason, sizeof(reason));

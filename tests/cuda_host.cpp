@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <stdexcept>
+#include <vector>
 
 #include "common/tree.h"
 #include "cuda/by_dtype.h"
@@ -39,25 +40,41 @@ struct HostTally {
 struct HostCollect {
   const SweepArgs& a;
   std::int64_t first;
-  void bad(int source, unsigned mask) {
+  void bad(unsigned long long* count, unsigned mask) {
     if (mask == 0) return;
-    unsigned long long* count = a.counters + 2 * a.num_models + source;
-    add_bad(count, count + a.num_models + 1, count_bits(mask),
-            flat_index(a.piece, first + lowest_bit(mask)) + a.offset);
+    add_bad(count, first_of(a, count), count_bits(mask), flat_index(a.piece, first + lowest_bit(mask)) + a.offset);
   }
-  void base(unsigned mask) { bad(a.num_models, mask); }
-  void operator()(int m, const Verdict& v) {
-    a.counters[m] += unsigned(count_bits(v.ahead));
-    bad(m, v.bad);
+  void base(unsigned mask) { bad(bad_of_base(a), mask); }
+  void operator()(int s, const Verdict& v) {
+    *ahead_of(a, s) += unsigned(count_bits(v.ahead));
+    bad(bad_of(a, s), v.bad);
     for (int j = 0; j < kGroup; ++j) {
       if ((v.inside >> j & 1u) == 0) continue;
-      const std::int64_t place = static_cast<std::int64_t>(a.counters[a.num_models + m]++);
+      const std::int64_t place = static_cast<std::int64_t>((*inside_of(a, s))++);
       if (place >= a.capacity) continue;
-      a.ordinals[m * a.capacity + place] = static_cast<std::int64_t>(v.ordinal[j]);
-      a.indices[m * a.capacity + place] = flat_index(a.piece, first + j) + a.offset;
+      a.ordinals[(a.begin + s) * a.capacity + place] = static_cast<std::int64_t>(v.ordinal[j]);
+      a.indices[(a.begin + s) * a.capacity + place] = flat_index(a.piece, first + j) + a.offset;
     }
   }
 };
+
+template <int kDType, bool kJoint, class C>
+void sweep_on_host(const SweepArgs& a) {
+  for (std::int64_t first = 0; first <= a.n; first += kGroup) {
+    const int n = group_count(a.n, first);
+    if (a.bins == nullptr) {
+      HostCollect collect{a, first};
+      sweep_group<kDType, kJoint, C>(a, first, n, collect);
+      continue;
+    }
+    for (int s = 0; s < a.count; ++s) {
+      if (a.stage[s] == kStageLeftOut) continue;
+      const Verdict v = judge_one<kDType, kJoint, C>(a, s, first, n);
+      for (int j = 0; j < kGroup; ++j)
+        if ((v.inside >> j & 1u) != 0) ++a.bins[(a.begin + s) * kSelectBins + ((v.ordinal[j] - a.lo[s]) >> a.shift[s])];
+    }
+  }
+}
 
 }  // namespace
 
@@ -132,24 +149,67 @@ void launch_block_sums(const NormArgs<C>& a, int dtype, const Queue&) {
 }
 
 template <class C>
+void launch_gram(const GramArgs& a, int dtype, const Queue&) {
+  const std::int64_t segments = num_segments(a), length = a.columns ? a.rows : a.cols;
+  by_dtype<C>(dtype, [&](auto code) {
+    for (int t = 0; t < num_tiles(a.num_models); ++t) {
+      const Tile tile = tile_at(a.num_models, t);
+      for (std::int64_t segment = 0; segment < segments; segment += a.columns ? kGroup : 1) {
+        const int n = a.columns ? group_count(a.cols, segment) : 1;
+        for (std::int64_t block = 0; block < a.blocks; ++block) {
+          // [pair][column of the group][lane]
+          std::vector<double> lanes(kTilePairs * kGroup * kLanes);
+          const auto at = [&](int p, int c, int lane) -> double& {
+            return lanes[std::size_t((p * kGroup + c) * kLanes + lane)];
+          };
+          for (int i = 0; i < kCanonicalBlock; i += a.columns ? 1 : kGroup) {
+            const std::int64_t place = block * kCanonicalBlock + i;
+            double sums[kTilePairs][kGroup];
+            for (int p = 0; p < kTilePairs; ++p)
+              for (int j = 0; j < kGroup; ++j) sums[p][j] = a.columns ? at(p, j, i % kLanes) : at(p, 0, i % kLanes + j);
+            if (a.columns) {
+              add_products<code.value, C>(a, tile, place * a.cols + segment, place < length ? n : 0, sums);
+            } else {
+              add_products<code.value, C>(a, tile, segment * a.cols + place, group_count(length, place), sums);
+            }
+            for (int p = 0; p < kTilePairs; ++p)
+              for (int j = 0; j < kGroup; ++j)
+                (a.columns ? at(p, j, i % kLanes) : at(p, 0, i % kLanes + j)) = sums[p][j];
+          }
+          for (int p = 0; p < kTilePairs; ++p) {
+            const std::int64_t slot = pair_slot(a.num_models, tile, p);
+            for (int c = 0; slot >= 0 && c < n; ++c)
+              a.sums[(slot * segments + segment + c) * a.blocks + block] = fold_lanes(&at(p, c, 0));
+          }
+        }
+      }
+    }
+  });
+}
+
+template <class C>
+void launch_divergence(const DivergenceArgs<C>& a, int dtype, const Queue&) {
+  by_dtype<C>(dtype, [&](auto code) {
+    for (int side = 0; side < (a.totals == nullptr ? 2 : 1); ++side) {
+      for (std::int64_t work = 0; work < a.rows * a.blocks; ++work) {
+        double lanes[kLanes] = {};
+        for (int i = 0; i < kCanonicalBlock; i += kGroup) {
+          const std::int64_t at = work % a.blocks * kCanonicalBlock + i;
+          add_terms<code.value>(a, side, work / a.blocks, at, group_count(a.cols, at), lanes + i % kLanes);
+        }
+        a.sums[side * a.rows * a.blocks + work] = fold_lanes(lanes);
+      }
+    }
+  });
+}
+
+template <class C>
 void launch_sweep(const SweepArgs& a, int dtype, const Queue&) {
   by_dtype<C>(dtype, [&](auto code) {
-    constexpr int kDType = code.value;
-    for (std::int64_t first = 0; first <= a.n; first += kGroup) {
-      const int n = group_count(a.n, first);
-      if (a.bins == nullptr) {
-        HostCollect collect{a, first};
-        sweep_group<kDType, C>(a, first, n, collect);
-        continue;
-      }
-      C x0[kGroup] = {};
-      if (a.base != nullptr) widen(load_packed<kDType>(a.base, first, n, a.aligned), x0);
-      for (int m = 0; m < a.num_models; ++m) {
-        if (a.stage[m] == kStageLeftOut) continue;
-        const Verdict v = judge<kDType>(a, m, load_packed<kDType>(a.models[m], first, n, a.aligned), x0, first, n);
-        for (int j = 0; j < kGroup; ++j)
-          if ((v.inside >> j & 1u) != 0) ++a.bins[m * kSelectBins + ((v.ordinal[j] - a.lo[m]) >> a.shift[m])];
-      }
+    if (is_joint(a)) {
+      sweep_on_host<code.value, true, C>(a);
+    } else {
+      sweep_on_host<code.value, false, C>(a);
     }
   });
 }
@@ -162,6 +222,10 @@ template void launch_reduce(const ReduceArgs<float>&, int, const Queue&);
 template void launch_reduce(const ReduceArgs<double>&, int, const Queue&);
 template void launch_block_sums(const NormArgs<float>&, int, const Queue&);
 template void launch_block_sums(const NormArgs<double>&, int, const Queue&);
+template void launch_gram<float>(const GramArgs&, int, const Queue&);
+template void launch_gram<double>(const GramArgs&, int, const Queue&);
+template void launch_divergence(const DivergenceArgs<float>&, int, const Queue&);
+template void launch_divergence(const DivergenceArgs<double>&, int, const Queue&);
 template void launch_sweep<float>(const SweepArgs&, int, const Queue&);
 template void launch_sweep<double>(const SweepArgs&, int, const Queue&);
 

@@ -13,11 +13,13 @@ from feature_cases import (
     check_mark,
     check_program,
     check_reduce,
+    check_sweep,
     divergence_cases,
     gram_cases,
     mark_cases,
     program_cases,
     reduce_cases,
+    sweep_cases,
 )
 
 
@@ -48,6 +50,13 @@ def test_mark(target: Any, case: Any) -> None:
     backend, device = wanted(target, case)
     check_mark(backend, case, device)
     check_mark(backend, case, device, pieces="cut")
+
+
+@pytest.mark.parametrize("case", sweep_cases(), ids=by_name)
+def test_sweep_keys(target: Any, case: Any) -> None:
+    backend, device = wanted(target, case)
+    check_sweep(backend, case, device)
+    check_sweep(backend, case, device, pieces="cut")
 
 
 @pytest.mark.parametrize("case", reduce_cases(), ids=by_name)

@@ -88,4 +88,4 @@ def test_binding_refuses_what_would_crash(host_module: Any) -> None:
     with pytest.raises(ValueError, match="float64 inputs are computed in float64"):
         host_module.stream(program, (0, 1, 1, 1), 0, [64], 0, 3, 2, 2, False, 0, 1, 0, 0)
     with pytest.raises(ValueError, match="left out"):
-        host_module.sweep([(1, 1, 2, 0)], True, (0, 1, 1, 1), 0, [0], 2, 2, 0, 0, 0, 1, 64, 64, 64, 0, 0, 0)
+        host_module.sweep([(1, 1, 2, 0, 0)], True, (0, 1, 1, 1), 0, [0], 2, 2, 0, 0, 0, 1, 0, 0, 1, 64, 64, 64, 0, 0, 0)

@@ -1,6 +1,8 @@
 // The launches, without a CUDA header: the binding and the host build of the tests see only this.
 #pragma once
 
+#include "cuda/divergence_group.h"
+#include "cuda/gram_group.h"
 #include "cuda/program_group.h"
 #include "cuda/reduce_group.h"
 #include "cuda/select_group.h"
@@ -24,6 +26,10 @@ template <class C>
 void launch_reduce(const ReduceArgs<C>& args, int dtype, const Queue& queue);
 template <class C>
 void launch_block_sums(const NormArgs<C>& args, int dtype, const Queue& queue);
+template <class C>
+void launch_gram(const GramArgs& args, int dtype, const Queue& queue);
+template <class C>
+void launch_divergence(const DivergenceArgs<C>& args, int dtype, const Queue& queue);
 template <class C>
 void launch_sweep(const SweepArgs& args, int dtype, const Queue& queue);
 

@@ -1,6 +1,7 @@
 // A whole program as it lies in device memory: what the general kernels read besides their arguments.
 #pragma once
 
+#include "cuda/keys.h"
 #include "cuda/point.h"
 
 namespace mergekernels {
@@ -13,12 +14,6 @@ enum Joint : std::int32_t { kJointNone = 0, kJointVariance = 1, kJointImportance
 
 // Beside those of common/program.h.
 constexpr int kDivideByKept = 4;
-
-// See Balance in ops/program.py.
-template <class C>
-struct BalancePlan {
-  C lo, hi, spread, cut, top;
-};
 
 // One model. marks: packed bits, for kRuleMarked. masks: a byte for each element of the piece, for kRuleRank;
 // thresholds: of a rank rule that divides, less one, else nullptr. threshold: of kRuleDraw.

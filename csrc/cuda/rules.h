@@ -1,7 +1,6 @@
 // Which entries of a model are kept, and what is kept of them, eight elements at a time.
 #pragma once
 
-#include "common/transcendental.h"
 #include "cuda/plan.h"
 
 namespace mergekernels {
@@ -34,74 +33,17 @@ MK_HD void deltas(const Group<C>& g, const Packed<kDType>& packed, C* d) {
   for (int j = 0; j < kGroup; ++j) d[j] = d[j] - g.from[j];
 }
 
+// The deltas of any model, for sums over all of them.
+template <int kDType, class C>
+struct LoadDeltas {
+  const Group<C>& g;
+  MK_HD void operator()(int m, C* d) const { deltas(g, load_input<kDType>(g, m), d); }
+};
+
 // +0 + d1 + ... + dT.
 template <int kDType, class C>
 MK_HD void total_delta(const Group<C>& g, C* s) {
-  MK_UNROLL
-  for (int j = 0; j < kGroup; ++j) s[j] = C(0);
-  MK_ROLLED
-  for (int m = 0; m < g.p.num_models; ++m) {
-    C d[kGroup];
-    deltas(g, load_input<kDType>(g, m), d);
-    MK_UNROLL
-    for (int j = 0; j < kGroup; ++j) s[j] = s[j] + d[j];
-  }
-}
-
-// The variance over the models, see Sweep in ops/sweeps.py.
-template <int kDType, class C>
-MK_HD void variance_of(const Group<C>& g, C* v) {
-  const C count = C(g.p.num_models);
-  C mean[kGroup];
-  total_delta<kDType>(g, mean);
-  MK_UNROLL
-  for (int j = 0; j < kGroup; ++j) {
-    mean[j] = mean[j] / count;
-    v[j] = C(0);
-  }
-  MK_ROLLED
-  for (int m = 0; m < g.p.num_models; ++m) {
-    C d[kGroup];
-    deltas(g, load_input<kDType>(g, m), d);
-    MK_UNROLL
-    for (int j = 0; j < kGroup; ++j) {
-      const C away = d[j] - mean[j];
-      v[j] = v[j] + away * away;
-    }
-  }
-  MK_UNROLL
-  for (int j = 0; j < kGroup; ++j) v[j] = v[j] / count;
-}
-
-// |d| times the number of its row.
-template <class C>
-MK_HD void important(const C* rows, std::int64_t row_length, const Place& at, C* d) {
-  MK_UNROLL
-  for (int j = 0; j < kGroup; ++j)
-    if (j < at.n) d[j] = (d[j] < C(0) ? -d[j] : d[j]) * rows[flat_index(at.piece, at.first + j) / row_length];
-}
-
-// The number z of Balance for one element.
-template <class C>
-MK_HD C balance_key(const BalancePlan<C>& b, C d, C total) {
-  const C size = d < C(0) ? -d : d;
-  const C a = size < b.lo ? b.lo : size > b.hi ? b.hi : size;
-  const C m = b.hi == b.lo ? C(0) : (a - b.lo) / (b.hi - b.lo);
-  const C square = m * m;
-  const C grown = C(exact_exp(double(C(b.spread * square))));
-  const C z = grown * C(exact_tanh(double(C(d * total))));
-  return z < C(0) ? C(0) : z;
-}
-
-// Eight of them; one copy of the functions in the code.
-template <class C>
-MK_HD void balance_keys(const BalancePlan<C>& b, const C* d, const C* total, int n, C* z) {
-  MK_ROLLED
-  for (int i = 0; i < n; ++i) {
-    const C value = balance_key(b, pick(d, i), pick(total, i));
-    MK_UNROLL
-    for (int j = 0; j < kGroup; ++j) z[j] = j == i ? value : z[j];
-  }
+  sum_of(g.p.num_models, LoadDeltas<kDType, C>{g}, s);
 }
 
 template <int kDType, class C>
@@ -109,10 +51,10 @@ MK_HD unsigned joint_mask(const Group<C>& g) {
   if (g.p.joint == kJointNone) return 0xFFu;
   C key[kGroup];
   if (g.p.joint == kJointVariance) {
-    variance_of<kDType>(g, key);
+    variance_of(g.p.num_models, LoadDeltas<kDType, C>{g}, key);
   } else {
     deltas(g, load_input<kDType>(g, 0), key);
-    important(g.p.rows, g.p.row_length, g.at, key);
+    important(g.p.rows, g.p.row_length, g.at.piece, g.at.first, g.at.n, key);
   }
   return point_mask(g.p.joint_point, 0, key, g.at);
 }

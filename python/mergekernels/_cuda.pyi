@@ -10,8 +10,8 @@ from typing import Any
 Box = tuple[int, int, int, int]
 # (tau, ties, word, index), ties 0 all, 1 none, 2 hash, 3 index
 Point = tuple[int, int, int, int]
-# (stage, lo, hi, tau), stage 0 left out, 1 key, 2 tie
-Interval = tuple[int, int, int, int]
+# (stage, lo, hi, tau, model), stage 0 left out, 1 key, 2 tie
+Interval = tuple[int, int, int, int, int]
 # (weights, keep, base, consensus, zero_vote, divisor, divisor_value, scale, copy, seed, tensor), as in _cpu.pyi
 Program = tuple[list[float], list[Point | None], bool, int, int, int, float, float, bool, int, int]
 
@@ -110,6 +110,9 @@ def sweep(
     tensor: int,
     offset: int,
     capacity: int,
+    key: int,
+    numbers: int,
+    row_length: int,
     counters: int,
     ordinals: int,
     indices: int,
@@ -117,9 +120,11 @@ def sweep(
     device: int,
     queue: int,
 ) -> None:
-    """One counting pass. A model that is left out has stage 0 and address 0.
+    """One counting pass of S searches. A search that is left out has stage 0 and, unless the key is joint, address 0.
 
-    counters : int64 [4 K + 2]; ordinals, indices : int64 [K, capacity]; bins : int64 [K, 4096] or 0, filled instead of
+    models : all models where the key is joint, else one tensor per search. key : 0 delta, 1 variance, 2 importance,
+    3 balance. numbers : of the key, see `Launches.launch_sweep`; row_length : for importance.
+    counters : int64 [4 S + 2]; ordinals, indices : int64 [S, capacity]; bins : int64 [S, 4096] or 0, filled instead of
     the rest.
     """
 

@@ -34,6 +34,8 @@ __all__ = [
     "FEATURES",
     "divergence",
     "gram",
+    "launch_divergence",
+    "launch_gram",
     "launch_mark",
     "launch_reduce",
     "launch_stream",
@@ -49,12 +51,28 @@ _OPS = ("select", "sweep", "stream")
 _VOTE = {"none": 0, "weighted": 1}
 _DIVISOR = {"none": 0, "value": 1, "agreeing_weights": 2, "agreeing_count": 3}
 _STAGE = {"key": 1, "tie": 2}
+_KEYS = ("delta", "variance", "importance", "balance")
 _MARK = {"kept": 1, "agreeing": 2, "useful": 3}
 
 FEATURES: frozenset[str] = frozenset(
     [
-        *("alone", "anchor", "balance", "band", "divisor", "draw", "factors", "groups", "importance", "importance_key"),
-        *("joint", "limit", "mark", "marked", "merge", "reduce", "subtract", "table", "useful", "vote"),
+        *("alone", "anchor", "balance", "band", "divergence", "divisor", "draw", "factors", "gram", "groups"),
+        *("importance", "importance_key"),
+        *(
+            "joint",
+            "key:balance",
+            "key:importance",
+            "key:variance",
+            "limit",
+            "mark",
+            "marked",
+            "merge",
+            "reduce",
+            "subtract",
+            "table",
+            "useful",
+            "vote",
+        ),
     ]
 )
 """See dispatch.Backend."""
@@ -182,20 +200,28 @@ def launch_sweep(
     numbers: torch.Tensor | None,
 ) -> None:
     """See _launches.Launches."""
-    there = [i if x is not None else None for i, x in zip(request.intervals, inputs.models, strict=True)]
+    models = [address(x) for x in inputs.models]
+    if not request.joint:
+        models = [0 if i is None else x for i, x in zip(request.intervals, models, strict=True)]
     with _launching():
         _native().sweep(
-            [(0, 0, 0, 0) if i is None else (_STAGE[i.stage], i.lo, i.hi, i.tau) for i in there],
+            [
+                (0, 0, 0, 0, 0) if i is None else (_STAGE[i.stage], i.lo, i.hi, i.tau, i.model)
+                for i in request.intervals
+            ],
             request.order == "hash",
             _box(piece),
             address(inputs.base),
-            [address(x) if i is not None else 0 for i, x in zip(there, inputs.models, strict=True)],
+            models,
             inputs.dtype.code,
             compute.code,
             request.seed,
             tensor,
             offset,
             entries.shape[2],
+            _KEYS.index(request.key),
+            address(numbers),
+            1 if request.rows is None else request.rows.length,
             counters.data_ptr(),
             entries[0].data_ptr(),
             entries[1].data_ptr(),
@@ -278,6 +304,39 @@ def launch_mark(
             compute.code,
             *_queue(like),
         )
+
+
+def launch_gram(
+    subtract: bool,
+    columns: bool,
+    inputs: Operands,
+    rows: int,
+    cols: int,
+    compute: DType,
+    sums: torch.Tensor,
+) -> None:
+    """See _launches.Launches."""
+    base = address(inputs.base) if subtract else 0
+    models = [address(x) for x in inputs.models]
+    with _launching():
+        _native().gram(
+            columns, models, base, rows, cols, inputs.dtype.code, compute.code, sums.data_ptr(), *_queue(sums)
+        )
+
+
+def launch_divergence(
+    inputs: Operands,
+    rows: int,
+    cols: int,
+    compute: DType,
+    maxima: torch.Tensor,
+    totals: torch.Tensor | None,
+    sums: torch.Tensor,
+) -> None:
+    """See _launches.Launches."""
+    where = (address(inputs.models[0]), address(inputs.base), rows, cols, inputs.dtype.code, compute.code)
+    with _launching():
+        _native().divergence(*where, maxima.data_ptr(), address(totals), sums.data_ptr(), *_queue(sums))
 
 
 def _native() -> Any:
