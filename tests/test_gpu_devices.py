@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-pytest.register_assert_rewrite("gpu_matrix", "gpu_cases")
+pytest.register_assert_rewrite("gpu_matrix", "gpu_cases", "gpu_feature_cases", "feature_cases")
 
 import torch  # noqa: E402
 
@@ -35,6 +35,7 @@ REASONS = {
 
 if None in REASONS.values():
     from gpu_cases import *  # noqa: F403
+    from gpu_feature_cases import *  # noqa: F403
 
 
 @pytest.fixture(params=BACKENDS)

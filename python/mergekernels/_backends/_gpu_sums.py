@@ -140,4 +140,4 @@ def _fold(sums: torch.Tensor) -> torch.Tensor:
 
 
 def _doubles(x: torch.Tensor) -> memoryview:
-    return memoryview(x.contiguous().numpy())  # type: ignore[arg-type]
+    return memoryview(x.reshape(-1).contiguous().numpy())  # type: ignore[arg-type]

@@ -47,7 +47,7 @@ __all__ = [
     "why_not",
 ]
 
-_OPS = ("select", "sweep", "stream")
+_OPS = ("select", "sweep", "stream", "mark", "gram", "reduce", "divergence")
 _VOTE = {"none": 0, "weighted": 1}
 _DIVISOR = {"none": 0, "value": 1, "agreeing_weights": 2, "agreeing_count": 3}
 _STAGE = {"key": 1, "tie": 2}
