@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from .. import _cpu
-from .._backends.dispatch import Backend, pick, requested
+from .._backends.dispatch import Backend, pick, requested, require
 from .._checks import nonfinite
 from ..errors import ArgumentError
 from ..tensors import Piece, TensorView
@@ -45,9 +45,10 @@ def run_sweep(
 
     Raises
     ------
-    DataError : with nan="error", an input holds NaN or Inf.
+    DataError : with nan="error", an input holds NaN or Inf. BackendError : the backend lacks the key.
     """
     sweep = selection.sweep
+    require(backend, sweep.features)
     n = selection.scope.n
     stats = new_stats(sweep, max(1 << 18, min(n // 16, 1 << 22)))
     visited = 0

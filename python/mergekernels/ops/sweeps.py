@@ -67,6 +67,11 @@ class Sweep:
         object.__setattr__(self, "intervals", numbered)
 
     @property
+    def features(self) -> frozenset[str]:
+        """What the sweep needs of a backend beyond the key "delta"."""
+        return frozenset() if self.key == "delta" else frozenset({f"key:{self.key}"})
+
+    @property
     def joint(self) -> bool:
         """True if a key depends on all models, so that all must be there."""
         return self.key in ("variance", "balance")
