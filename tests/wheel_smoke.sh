@@ -27,4 +27,5 @@ done
 "$work/venv/bin/mergekernels" verify out
 "$work/venv/bin/mergekernels" diff out expected
 "$work/venv/bin/mergekernels" backends
+test -f "$(echo "$work"/venv/lib/python*/site-packages/mergekernels/conformance/golden/kit.json)"
 echo "wheel smoke test: passed"
