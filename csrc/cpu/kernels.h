@@ -83,13 +83,18 @@ constexpr std::int64_t stream_scratch_bytes(const Program& program, int num_slot
 
 enum Stage : int { kStageOut = 0, kStageKey = 1, kStageTie = 2 };
 
-struct SweepModel {
-  Source source;
+enum SweepKey : int { kSweepDelta = 0, kSweepVariance = 1, kSweepImportance = 2, kSweepBalance = 3 };
+
+// A selection cuts each model twice at most.
+constexpr int kMaxSearches = 2 * kMaxModels;
+
+struct SweepSearch {
+  int model;
   int stage;
   std::uint64_t lo, hi, tau;  // as in Interval; stage tie looks for key == tau only
 };
 
-// What a run found for one model: for stage key the elements inside [lo, hi], for stage tie those with key tau.
+// What a run found for one search: for stage key the elements inside [lo, hi], for stage tie those with key tau.
 struct Found {
   void* keys;            // keys of the compute type
   std::uint32_t* where;  // ordinals inside the run
@@ -97,22 +102,30 @@ struct Found {
 };
 
 struct SweepArgs {
-  int num_models;
+  int num_models, num_searches;
+  int num_active;
+  int active[kMaxSearches];  // searches that are not left out, those of a model next to one another
   Piece piece;
   std::int64_t first, n;  // n below 2^31
   Source base;
-  SweepModel models[kMaxModels];
+  Source models[kMaxModels];
+  SweepSearch searches[kMaxSearches];
+  int key;
+  Table rows;                 // for kSweepImportance
+  const Competitor* balance;  // for kSweepBalance, one per model
   int compute;
-  std::int64_t before[kMaxModels];
-  NonFinite nonfinite[kMaxModels + 1];  // first: flat index
-  Found found[kMaxModels];
+  std::int64_t before[kMaxSearches];
+  NonFinite nonfinite[kMaxSearches + 1];  // first: flat index
+  Found found[kMaxSearches];
   std::int64_t capacity;  // of each `found`, which also has room for kBlock more
-  void (*flush)(SweepArgs* args, int model);
+  void (*flush)(SweepArgs* args, int search);
   void* context;
-  void* scratch;  // sweep_scratch_bytes, aligned to 64
+  void* scratch;  // sweep_scratch_bytes(), aligned to 64
 };
 
-constexpr std::int64_t sweep_scratch_bytes = std::int64_t(kBlock) * 8 * 3;
+constexpr std::int64_t sweep_scratch_bytes(int num_models) {
+  return std::int64_t(kBlock) * 8 * (4 + std::int64_t(num_models));
+}
 
 // rank_masks: what a rule by rank keeps of whole slabs of length * stride elements; see Rows in ops/keep.py.
 struct RankArgs {
@@ -125,11 +138,14 @@ struct RankArgs {
   int number;  // of the model, for its Philox streams
   int compute;
   std::int8_t* mask;  // one per element: -1 if it is kept, else 0
+  int skip_zeros;     // what is said of deltas that are zero does not matter
   void* divisors;     // of the compute type, one per element: C(threshold) * 2^-32; null unless the rule divides
   void* scratch;      // rank_scratch_bytes(length, stride), aligned to 64
 };
 
-constexpr std::int64_t rank_scratch_bytes(std::int64_t length, std::int64_t) { return length * 32 + kBlock * 64; }
+constexpr std::int64_t rank_scratch_bytes(std::int64_t length, std::int64_t) {
+  return (length + 2 * kBlock) * 64 + 65536;
+}
 
 // Up to this many models have all pairs of a Gram matrix summed at once.
 constexpr int kFewModels = 4;

@@ -43,9 +43,19 @@ void reduce(const PassInputs& inputs, const std::vector<int>& quantities, BlockS
 // Packed bits per model, see Mark.
 void mark(const PassInputs& inputs, int kind, const std::vector<std::uint8_t*>& bits);
 
-// A null model is left out, as one whose interval is.
-void sweep(SweepStats* stats, const Piece& piece, const View* base, const std::vector<const View*>& models, int compute,
-           std::uint64_t seed, std::uint32_t tensor, std::int64_t offset, int threads, const Kernels& kernels);
+// What a sweep ranks; see Sweep in ops/sweeps.py.
+struct SweepKeys {
+  int key = kSweepDelta;
+  Table rows{};                     // kSweepImportance
+  std::vector<Competitor> balance;  // kSweepBalance, one per model
+};
+
+inline bool joint(const SweepKeys& keys) { return keys.key == kSweepVariance || keys.key == kSweepBalance; }
+
+// The searches of a null model are left out, and those whose intervals are.
+void sweep(SweepStats* stats, const Piece& piece, const View* base, const std::vector<const View*>& models,
+           const SweepKeys& keys, int compute, std::uint64_t seed, std::uint32_t tensor, std::int64_t offset,
+           int threads, const Kernels& kernels);
 
 // How a tensor is cut into segments; see Segments in ops/sums.py. A tensor is one row.
 enum Axis : int { kAxisRows = 0, kAxisColumns = 1 };

@@ -31,7 +31,7 @@ class SweepStats {
 
   SweepStats(std::vector<Interval> intervals, int order, std::int64_t capacity);
 
-  int num_models() const { return static_cast<int>(models_.size()); }
+  int num_searches() const { return static_cast<int>(models_.size()); }
   int order() const { return order_; }
   std::int64_t capacity() const { return capacity_; }
   const Interval& interval(int model) const { return at(model).interval; }

@@ -30,7 +30,8 @@ SweepStats::SweepStats(std::vector<Interval> intervals, int order, std::int64_t 
       nonfinite_(intervals.size() + 1, NonFinite{-1, 0}),
       order_(order),
       capacity_(capacity) {
-  if (intervals.empty() || intervals.size() > kMaxModels) throw std::invalid_argument("a sweep takes 1 to 64 models");
+  if (intervals.empty() || intervals.size() > kMaxSearches)
+    throw std::invalid_argument("a sweep takes 1 to 128 searches");
   if (capacity < 0) throw std::invalid_argument("the capacity of a sweep is negative");
   if (order != 0 && order != 1) throw std::invalid_argument("the tie order of a sweep is 0 (hash) or 1 (index)");
   for (std::size_t m = 0; m < intervals.size(); ++m) {
@@ -44,7 +45,7 @@ SweepStats::SweepStats(std::vector<Interval> intervals, int order, std::int64_t 
 }
 
 const SweepStats::Model& SweepStats::at(int model) const {
-  if (model < 0 || model >= num_models()) throw std::out_of_range("no such model in this sweep");
+  if (model < 0 || model >= num_searches()) throw std::out_of_range("no such model in this sweep");
   return models_[static_cast<std::size_t>(model)];
 }
 
@@ -160,7 +161,7 @@ std::pair<std::uint32_t, std::int64_t> SweepStats::tie_point(int model, std::int
 
 NonFinite SweepStats::nonfinite(int source) const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (source < 0 || source > num_models()) throw std::out_of_range("no such source in this sweep");
+  if (source < 0 || source > num_searches()) throw std::out_of_range("no such source in this sweep");
   return nonfinite_[static_cast<std::size_t>(source)];
 }
 
@@ -198,7 +199,7 @@ void SweepStats::add_histogram(int model, std::int64_t before, const std::int64_
 }
 
 void SweepStats::add_nonfinite(int source, std::int64_t first, std::int64_t count) {
-  if (source < 0 || source > num_models()) throw std::out_of_range("no such source in this sweep");
+  if (source < 0 || source > num_searches()) throw std::out_of_range("no such source in this sweep");
   const std::lock_guard<std::mutex> lock(mutex_);
   merge_nonfinite(&nonfinite_[static_cast<std::size_t>(source)], first, count);
 }

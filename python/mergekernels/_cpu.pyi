@@ -1,5 +1,6 @@
 """Types of the native CPU module. Views are tuples, so that native code needs no Python classes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 # (ptr, dtype code, cast code or -1, shape, strides in elements)
@@ -148,10 +149,14 @@ def sweep(
     offset: int,
     threads: int,
     isa: str,
+    key: int = 0,
+    rows: tuple[int, Any] | None = None,
+    balance: Sequence[tuple[float, float, float, float, float]] = (),
 ) -> None:
-    """Adds one piece of one tensor to `stats`.
+    """Adds one piece of one tensor to `stats`. models: those of the merge, each searched as the intervals say.
 
-    compute: dtype code of F32 or F64. offset: scope index of flat index 0.
+    compute: dtype code of F32 or F64. offset: scope index of flat index 0. key: 0 delta, 1 variance, 2 importance, 3
+    balance; rows: (length, float64 per row) for importance; balance: (lo, hi, spread, cut, top) per model.
     """
 
 def stream(

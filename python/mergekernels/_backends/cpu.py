@@ -10,11 +10,10 @@ from .. import _cpu
 from .._native import as_tuple
 from ..errors import ArgumentError, BackendError
 from ..ops.keep import Band, Draw, Keep, KeepRule, Marked, RankDraw
-from ..ops.program import Program, Table
+from ..ops.program import Balance, Program, Table
 from ..ops.sums import QUANTITIES, Gram, Reduce
 from ..ops.sweeps import Sweep
 from ..tensors import DType, Piece, TensorView
-from ._sweeps import per_search
 
 __all__ = ["FEATURES", "gram", "mark", "reduce", "stream", "sweep", "why_not"]
 
@@ -23,12 +22,14 @@ _VOTES = ("none", "weighted", "plain", "count")
 _MERGES = ("sum", "max", "largest", "importance", "balance")
 _DIVISORS = ("none", "value", "agreeing_weights", "agreeing_count", "kept_count")
 _KINDS = ("kept", "agreeing", "useful")
+_KEYS = ("delta", "variance", "importance", "balance")
 _AXES = {"rows": 1, "columns": 2, "groups": 3}
 
 FEATURES = frozenset(
     {
-        *("band", "draw", "marked", "joint", "importance_key", "factors", "table", "groups", "subtract", "anchor"),
+        *("band", "draw", "rank", "marked", "joint", "importance_key", "factors", "table", "groups", "subtract", "anchor"),
         *("vote", "merge", "divisor", "alone", "limit", "useful", "balance", "importance", "reduce", "mark", "gram"),
+        *("key:variance", "key:importance", "key:balance"),
     }
 )
 """See dispatch.Backend."""
@@ -77,18 +78,21 @@ def sweep(
     offset: int,
     threads: int,
 ) -> None:
-    """See ops.program.Sweep."""
+    """See ops.sweeps.Sweep."""
     _cpu.sweep(
         stats,
         _box(piece),
         None if base is None else as_tuple(base),
-        [None if v is None else as_tuple(v) for v in per_search(request, models)],
+        [None if v is None else as_tuple(v) for v in models],
         compute.code,
         request.seed,
         tensor,
         offset,
         threads,
         isa(),
+        _KEYS.index(request.key),
+        None if request.rows is None else (request.rows.length, request.rows.values),
+        _balance(request.balance),
     )
 
 
@@ -225,7 +229,7 @@ def _fields(program: Program) -> dict[str, Any]:
         "limit": program.limit,
         "thresholds": () if useful is None else useful.thresholds,
         "at_least": 0 if useful is None else useful.at_least,
-        "balance": [(b.lo, b.hi, b.spread, b.cut, b.top) for b in program.balance],
+        "balance": _balance(program.balance),
         "joint": None if program.joint is None else _point(program.joint),
         "importance": _table(program.importance),
         "table": _table(program.table),
@@ -251,6 +255,10 @@ def _rule(rule: KeepRule | None) -> tuple[Any, ...] | None:
 
 def _point(point: Keep) -> tuple[int, int, int, int]:
     return (point.tau, _TIES[point.ties], point.word, point.index)
+
+
+def _balance(rules: Sequence[Balance]) -> list[tuple[float, float, float, float, float]]:
+    return [(b.lo, b.hi, b.spread, b.cut, b.top) for b in rules]
 
 
 def _table(table: Table | None) -> tuple[int, int, int, Any] | None:
