@@ -76,6 +76,37 @@ void sweep_on_host(const SweepArgs& a) {
   }
 }
 
+// A team of one thread.
+struct HostTeam {
+  template <class F>
+  void each(std::int64_t n, const F& f) {
+    for (std::int64_t i = 0; i < n; ++i) f(i);
+  }
+  std::uint32_t add(std::uint32_t* at, std::uint32_t value) {
+    *at += value;
+    return *at - value;
+  }
+  template <class Key>
+  void max(Key* at, Key value) {
+    *at = value > *at ? value : *at;
+  }
+  void scan(std::uint32_t* counts, std::int64_t n) {
+    std::uint32_t before = 0;
+    for (std::int64_t i = 0; i < n; ++i) {
+      const std::uint32_t count = counts[i];
+      counts[i] = before;
+      before += count;
+    }
+  }
+};
+
+template <int kDType, class C, class Index>
+void rank_on_host(const RankArgs& a, std::uint8_t* memory) {
+  HostTeam team;
+  const Room<C, Index> room(memory, a.length);
+  for (std::int64_t row = 0; row < a.rows; ++row) rank_row<kDType>(a, room, row, team);
+}
+
 }  // namespace
 
 template <class C>
@@ -202,6 +233,30 @@ void launch_divergence(const DivergenceArgs<C>& a, int dtype, const Queue&) {
     }
   });
 }
+
+// A chip that holds rows of some hundred entries, so that both routes are taken.
+template <class C>
+RankRoom rank_room(std::int64_t, std::int64_t length, int) {
+  if (Room<C, std::uint16_t>::size(length) <= 16384) return {0, 0};
+  return {Room<C, std::uint32_t>::size(length), 1};
+}
+
+template <class C>
+void launch_rank(const RankArgs& a, int dtype, const Queue&) {
+  by_dtype<C>(dtype, [&](auto code) {
+    if (a.room != nullptr) {
+      rank_on_host<code.value, C, std::uint32_t>(a, a.room);
+    } else {
+      std::vector<std::uint64_t> chip(std::size_t(Room<C, std::uint16_t>::size(a.length) / 8));
+      rank_on_host<code.value, C, std::uint16_t>(a, reinterpret_cast<std::uint8_t*>(chip.data()));
+    }
+  });
+}
+
+template RankRoom rank_room<float>(std::int64_t, std::int64_t, int);
+template RankRoom rank_room<double>(std::int64_t, std::int64_t, int);
+template void launch_rank<float>(const RankArgs&, int, const Queue&);
+template void launch_rank<double>(const RankArgs&, int, const Queue&);
 
 template <class C>
 void launch_sweep(const SweepArgs& a, int dtype, const Queue&) {

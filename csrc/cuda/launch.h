@@ -4,6 +4,7 @@
 #include "cuda/divergence_group.h"
 #include "cuda/gram_group.h"
 #include "cuda/program_group.h"
+#include "cuda/rank_group.h"
 #include "cuda/reduce_group.h"
 #include "cuda/select_group.h"
 #include "cuda/stream_group.h"
@@ -31,7 +32,18 @@ void launch_gram(const GramArgs& args, int dtype, const Queue& queue);
 template <class C>
 void launch_divergence(const DivergenceArgs<C>& args, int dtype, const Queue& queue);
 template <class C>
+void launch_rank(const RankArgs& args, int dtype, const Queue& queue);
+template <class C>
 void launch_sweep(const SweepArgs& args, int dtype, const Queue& queue);
+
+// The memory that the ranks of long rows need: bytes for each block of threads, and how many blocks; 0 where rows fit
+// on the chip.
+struct RankRoom {
+  std::int64_t size;
+  int blocks;
+};
+template <class C>
+RankRoom rank_room(std::int64_t rows, std::int64_t length, int device);
 
 // Devices that the driver offers, and why there are none ("" if there are).
 int num_devices(char* reason, int size);

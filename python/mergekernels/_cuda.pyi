@@ -85,6 +85,68 @@ def reduce(
 ) -> None:
     """Sums over canonical blocks: float64 [slots, blocks]. slots : (number in QUANTITIES, model) of each."""
 
+def gram(
+    columns: bool,
+    models: list[int],
+    base: int,
+    rows: int,
+    cols: int,
+    dtype: int,
+    compute: int,
+    sums: int,
+    device: int,
+    queue: int,
+) -> None:
+    """Products of pairs of models over a dense box, summed over canonical blocks: float64 [pairs, segments, blocks].
+
+    columns : segments are columns instead of rows. base : what is taken off every model, or 0.
+    """
+
+def divergence(
+    model: int,
+    base: int,
+    rows: int,
+    cols: int,
+    dtype: int,
+    compute: int,
+    maxima: int,
+    totals: int,
+    sums: int,
+    device: int,
+    queue: int,
+) -> None:
+    """One pass of the divergence of rows, see `Launches.launch_divergence`. totals : 0 in the first pass."""
+
+def rank_room(rows: int, length: int, compute: int, device: int) -> tuple[int, int]:
+    """(bytes, number) of the pieces of memory that the ranks of long rows need, (0, 0) where a row fits on the chip."""
+
+def rank(
+    rule: tuple[bool, int, int, int, int, int],
+    g0: int,
+    rows: int,
+    length: int,
+    stride: int,
+    base: int,
+    x: int,
+    dtype: int,
+    compute: int,
+    seed: int,
+    tensor: int,
+    model: int,
+    masks: int,
+    thresholds: int,
+    room: int,
+    room_size: int,
+    blocks: int,
+    device: int,
+    queue: int,
+) -> None:
+    """What a rank rule keeps of one model: a byte per element of a flat piece of whole slabs.
+
+    rule : (is a draw, low, span, single, first, last). thresholds : uint32 per element, less one, or 0. room : memory
+    as `rank_room` says, or 0.
+    """
+
 def block_sums(
     program: Program,
     piece: Box,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..ops.keep import Band, Draw, Keep, KeepRule, Marked
+from ..ops.keep import Band, Draw, Keep, KeepRule, Marked, RankBand, RankDraw
 from ..ops.program import Program
 from ..ops.sums import QUANTITIES
 from ..tensors import DType, Piece
@@ -13,7 +13,7 @@ from ._launches import Extras
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TIES", "address", "fields", "on_device", "point", "slots"]
+__all__ = ["TIES", "address", "fields", "on_device", "point", "rank_rule", "slots"]
 
 TIES = {"all": 0, "none": 1, "hash": 2, "index": 3}
 _VOTES = ("none", "weighted", "plain", "count")
@@ -77,6 +77,13 @@ def on_device(native: Any, program: Program, piece: Piece, extras: Extras, compu
 
     data = bytearray(native.plan(fields(program, piece, extras), compute.code))
     return torch.frombuffer(data, dtype=torch.uint8).to(like.device)
+
+
+def rank_rule(rule: RankDraw | RankBand) -> tuple[bool, int, int, int, int, int]:
+    """A rank rule as the native module takes it."""
+    if isinstance(rule, RankBand):
+        return (False, 0, 0, 0, rule.first, rule.last)
+    return (True, rule.low, rule.span, rule.single, 0, 0)
 
 
 def slots(quantities: tuple[str, ...], num_models: int) -> list[tuple[int, int]]:

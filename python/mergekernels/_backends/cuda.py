@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import BackendError
+from ..ops.keep import RankBand, RankDraw
 from ..ops.program import Program
 from ..ops.sums import Gram, Reduce
 from ..ops.sweeps import Sweep
 from ..tensors import DType, Piece, TensorView
 from . import _gpu, _gpu_sums
-from ._cuda_plan import address, on_device, point, slots
+from ._cuda_plan import address, on_device, point, rank_rule, slots
 from ._device import Operands, no_gpu, same_device
 from ._launches import SLOTS, Extras
 from ._sweeps import points
@@ -37,6 +38,7 @@ __all__ = [
     "launch_divergence",
     "launch_gram",
     "launch_mark",
+    "launch_rank_masks",
     "launch_reduce",
     "launch_stream",
     "launch_sweep",
@@ -55,25 +57,8 @@ _KEYS = ("delta", "variance", "importance", "balance")
 _MARK = {"kept": 1, "agreeing": 2, "useful": 3}
 
 FEATURES: frozenset[str] = frozenset(
-    [
-        *("alone", "anchor", "balance", "band", "divergence", "divisor", "draw", "factors", "gram", "groups"),
-        *("importance", "importance_key"),
-        *(
-            "joint",
-            "key:balance",
-            "key:importance",
-            "key:variance",
-            "limit",
-            "mark",
-            "marked",
-            "merge",
-            "reduce",
-            "subtract",
-            "table",
-            "useful",
-            "vote",
-        ),
-    ]
+    "alone anchor balance band divergence divisor draw factors gram groups importance importance_key joint key:balance "
+    "key:importance key:variance limit mark marked merge rank reduce subtract table useful vote".split()
 )
 """See dispatch.Backend."""
 
@@ -304,6 +289,49 @@ def launch_mark(
             compute.code,
             *_queue(like),
         )
+
+
+def launch_rank_masks(
+    program: Program,
+    inputs: Operands,
+    piece: Piece,
+    compute: DType,
+    masks: torch.Tensor,
+    thresholds: torch.Tensor | None,
+) -> None:
+    """See _launches.Launches."""
+    import torch
+
+    rows = program.rows
+    assert rows is not None
+    device, queue = _queue(masks)
+    base = address(inputs.base) if program.subtract else 0
+    shape = (piece.g0, piece.numel // rows.length, rows.length, rows.stride)
+    with _launching():
+        size, blocks = _native().rank_room(shape[1], rows.length, compute.code, device)
+        room = torch.empty(size * blocks, dtype=torch.uint8, device=masks.device) if size else None
+        for m, rule in enumerate(program.keep):
+            if not isinstance(rule, (RankDraw, RankBand)):
+                continue
+            divide = isinstance(rule, RankDraw) and rule.divide and thresholds is not None
+            _native().rank(
+                rank_rule(rule),
+                *shape,
+                base,
+                address(inputs.models[m]),
+                inputs.dtype.code,
+                compute.code,
+                program.seed,
+                program.tensor,
+                m,
+                address(masks[m]),
+                address(thresholds[m]) if divide and thresholds is not None else 0,
+                address(room),
+                size,
+                blocks,
+                device,
+                queue,
+            )
 
 
 def launch_gram(
