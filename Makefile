@@ -6,13 +6,14 @@ VENV ?= .venv
 RUN := $(VENV)/bin/
 NATIVE := $(wildcard csrc/*.* csrc/*/*) pyproject.toml
 
-.PHONY: help demo test test-slow test-peers lint format wheel-test bench clean
+.PHONY: help demo docs test test-slow test-peers lint format wheel-test bench clean
 
 help:
 	@echo "make demo        train small networks, merge them with the command line, compare"
 	@echo "make test        the tests"
 	@echo "make test-slow   ahead-of-time compilation of every GPU kernel, long sweeps of faults"
 	@echo "make test-peers  agreement with mergekit, installed into a folder of its own"
+	@echo "make docs        docs/methods.md from the descriptions of the methods"
 	@echo "make lint        formatting, style and types"
 	@echo "make wheel-test  build a wheel and use it away from the tree, without torch"
 	@echo "make bench       quick benchmarks of the ops"
@@ -44,6 +45,9 @@ test-slow: $(VENV)/.built
 test-peers: $(VENV)/.built
 	bash benchmarks/make_peer_env.sh $(VENV)-peer
 	MERGEKERNELS_PEER_ENV=$(abspath $(VENV)-peer) $(RUN)pytest -q -m peer tests/peers
+
+docs: $(VENV)/.built
+	$(RUN)python docs/make_methods.py
 
 lint: $(VENV)/.environment
 	$(RUN)ruff check .

@@ -53,7 +53,7 @@ RESCALE = Param(
 SCOPE = Param(
     "scope",
     "str",
-    "what density and a majority count over; tensor, in the paper's dialect of a TIES vote model",
+    "what density and a majority count over; tensor, in dialect paper of ties and dare_ties model",
     default=None,
     choices=("tensor", "model"),
 )

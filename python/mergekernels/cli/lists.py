@@ -14,10 +14,11 @@ def methods_command(name: str | None, *, as_json: bool) -> None:
 
     def work() -> int:
         from .._methods import get, names
+        from .._methods.modifiers import modifiers
         from ..report.methods import info_dict, method_text, methods_text
 
         if name is not None:
-            info = get(name).info
+            info = modifiers().get(name) or get(name).info
             output.result(info_dict(info), method_text(info))
         else:
             infos = [get(n).info for n in names()]

@@ -10,7 +10,7 @@ from typing import Any
 from .._methods.protocol import REQUIRED, MethodInfo, Param
 from .text import table
 
-__all__ = ["info_dict", "method_text", "methods_text"]
+__all__ = ["TIERS", "companions", "info_dict", "method_text", "methods_text", "modifiers", "parameter_facts"]
 
 _WIDTH = 110
 _BASE = {
@@ -41,7 +41,7 @@ def _param_dict(param: Param) -> dict[str, Any]:
 
 def methods_text(infos: Sequence[MethodInfo]) -> str:
     """One line per method."""
-    rows = [(i.name, _models(i), _BASE[i.base], i.tier, i.purpose) for i in infos]
+    rows = [(i.name, _models(i), _BASE[i.base], i.tier, i.purpose.partition(". ")[0].rstrip(".")) for i in infos]
     return (
         table(rows, ("method", "models", "base", "tier", "purpose"))
         + "\n\n`mergekernels methods NAME` tells all about one."
@@ -51,17 +51,20 @@ def methods_text(infos: Sequence[MethodInfo]) -> str:
 def method_text(info: MethodInfo) -> str:
     """All about one method."""
     parts = [
-        f"{info.name}: {info.purpose}",
+        textwrap.fill(f"{info.name}: {info.purpose}", _WIDTH),
         "",
         _section("formula", info.formula),
         _section("models", _models(info) + (" besides the base" if info.base != "input" else "")),
         _section("base", _BASE[info.base]),
-        _section("tier", _TIERS[info.tier]),
+        *([_section("beside", companions(info))] if info.companions else []),
+        _section("tier", TIERS[info.tier]),
         _section("passes", info.passes),
+        _section("then", modifiers(info)),
         _section("source", info.source),
         "",
         "Parameters",
-        *(_parameter(p) for p in info.params),
+        *(_parameter(p, max(12, *(len(q.name) for q in info.params))) for p in info.params),
+        *([] if info.params else ["  none"]),
         "",
         "Dialects",
         *(_section(name, text, 12) for name, text in info.dialects.items()),
@@ -71,7 +74,7 @@ def method_text(info: MethodInfo) -> str:
     return "\n".join(parts)
 
 
-_TIERS = {
+TIERS = {
     "T0": "T0: the same bits on every backend, thread count, tiling and shard cut",
     "T1": "T1: the same bits everywhere, by sums over fixed blocks",
     "T2": "T2: within a stated tolerance",
@@ -84,24 +87,42 @@ def _models(info: MethodInfo) -> str:
     return f"{info.min_models} to {info.max_models}"
 
 
-def _parameter(param: Param) -> str:
+def companions(info: MethodInfo) -> str:
+    """What comes with the models."""
+    return f"`{info.companions}`: for each model a second one that holds a weight for every entry"
+
+
+def modifiers(info: MethodInfo) -> str:
+    """Whether modifiers apply."""
+    return "modifiers (lines) apply" if info.modifiable else "no modifiers: the result is no base with a task vector"
+
+
+def parameter_facts(param: Param) -> tuple[str, str]:
+    """(type, range and number of values; default) of a parameter."""
     facts: list[str] = [param.kind]
     if param.choices:
-        facts = [" | ".join(param.choices)]
+        facts = [" or ".join(param.choices)]
     elif param.low is not None or param.high is not None:
-        low = "-inf" if param.low is None else f"{param.low:g}"
-        high = "inf" if param.high is None else f"{param.high:g}"
-        facts.append(f"in [{low}, {high}]")
+        low = "(-inf" if param.low is None else f"[{param.low:g}"
+        high = "inf)" if param.high is None else f"{param.high:g}]"
+        facts.append(f"in {low}, {high}")
     if param.per_model:
         facts.append("per model")
     if param.default is REQUIRED:
-        optional = f" (1 in dialect {', '.join(param.optional_in)})" if param.optional_in else ""
-        facts.append("required" + optional)
-    elif param.default is not None:
-        facts.append(f"default {_value(param.default)}")
+        default = "required" + (f" (1 in dialect {', '.join(param.optional_in)})" if param.optional_in else "")
+    else:
+        default = "" if param.default is None else _value(param.default)
+    return ", ".join(facts), default
+
+
+def _parameter(param: Param, width: int) -> str:
+    facts, default = parameter_facts(param)
+    line = [facts]
+    if default:
+        line.append(default if param.default is REQUIRED else f"default {default}")
     if param.keyword != param.name:
-        facts.append(f"`{param.keyword}` in Python")
-    return f"  {param.name:<12}{', '.join(facts)}\n" + _wrap(param.help, " " * 14)
+        line.append(f"`{param.keyword}` in Python")
+    return f"  {param.name:<{width}}  {', '.join(line)}\n" + _wrap(param.help, " " * (width + 4))
 
 
 def _value(value: Any) -> str:
