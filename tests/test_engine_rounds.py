@@ -229,13 +229,20 @@ def test_tilings_cover_every_element_once() -> None:
                         assert col % 4096 == 0 and (piece.cols % 4096 == 0 or col + piece.cols == length)
 
 
-def test_the_published_statistics_and_recomputing(root: Path, tmp_path: Path, probe: rounds.Probe) -> None:
-    path = rounds.recipe(root, "probe", "again", parameters={"kind": "reduce-ranks"})
-    cases.run_of(path, tmp_path / "out", backend=rounds.backend(rounds.FEATURES["reduce-ranks"]))
+@pytest.mark.parametrize("kind", ["reduce-ranks", "gram-columns", "gram-rows", "divergence"])
+def test_the_published_statistics_and_recomputing(
+    root: Path, tmp_path: Path, probe: rounds.Probe, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    from mergekernels.engine import recompute
+
+    monkeypatch.setattr(recompute, "_CHUNK", 5000)  # no multiple of a block or a row
+    models = models_for(kind)
+    path = rounds.recipe(root, "probe", "again", models=models, parameters={"kind": kind})
+    cases.run_of(path, tmp_path / "out", backend=rounds.backend(rounds.FEATURES[kind]))
     manifest = json.loads((tmp_path / "out/merge_manifest.json").read_text())
     for tensor in manifest["tensors"]:
         statistics = tensor["statistics"]
         assert set(statistics) == {"density", "norms", "sign_conflicts"}
-        assert all(len(statistics[k]) == rounds.MODELS for k in ("density", "norms"))
+        assert all(len(statistics[k]) == models for k in ("density", "norms"))
     report = mk.verify(tmp_path / "out", recompute=len(rounds.SHAPES))
     assert report.ok and len(report.recomputed) == len(rounds.SHAPES)

@@ -20,6 +20,7 @@ from .._rounds import resolve_scope
 from ..errors import InputError, MergeError, PlanError
 from ..formats.checkpoint import Checkpoint, open_checkpoint
 from ..merging import Call
+from ..ops.assembly import alignment
 from ..ops.inputs import Inputs
 from ..tensors import DType, Piece, TensorView
 from .identity import NUMERIC_POLICY, input_identities
@@ -51,7 +52,8 @@ def recompute_sample(
 ) -> tuple[tuple[str, ...], list[MergeError], list[str]]:
     """(names computed again, problems, notes) for `count` tensors of the folder `root`, whose digests were found right.
 
-    Memory: chunks of 2^20 elements of every source, with the reference's temporaries. Scope "model" reads all inputs.
+    Memory: chunks of 2^20 elements of every source (or of whole rows, or of 4096 rows for dot products by column), with
+    the reference's temporaries. Scope "model" reads all inputs.
 
     Raises
     ------
@@ -140,7 +142,12 @@ class _FileInputs(Inputs):
     merge: ResolvedMerge | None = None
     sources: tuple[Source, ...] = ()
     cast: DType | None = None
+    companions: int = 0
     reader: Reader = field(default_factory=Reader)
+
+    def cut(self, align: int) -> _FileInputs:
+        """Chunks of a multiple of `align` elements."""
+        return replace(self, pieces=_pieces(self.n, align))
 
     def views(self, shard: int) -> tuple[TensorView | None, list[TensorView]]:
         """(base, models) of a shard."""
@@ -149,7 +156,8 @@ class _FileInputs(Inputs):
         views = []
         for slot, source in enumerate(self.sources):
             tensor = _load(self.reader, self.merge.inputs[source.input], source.tensor, piece, slot)
-            views.append(replace(view_of(tensor), cast=self.cast))
+            plain = self.num_models - self.companions <= slot < self.num_models
+            views.append(replace(view_of(tensor), cast=None if plain else self.cast))
         return (views.pop() if self.has_base else None), views
 
 
@@ -199,8 +207,9 @@ class _Again:
     def _compare_merged(self, index: int, tensor: ResolvedTensor) -> MergeError | None:
         import torch
 
-        spec, inputs = self._specs.spec(index), self._inputs(index)
+        spec = self._specs.spec(index)
         program = self._method.apply(spec, self._coeffs(index))
+        inputs = self._inputs(index).cut(alignment(program.slab))
         wrong, first = 0, -1
         for shard, piece in enumerate(inputs.pieces):
             base, models = inputs.views(shard)
@@ -265,7 +274,7 @@ class _Again:
             name=tensor.name,
             tensor=spec.tensor,
             n=spec.n,
-            num_models=spec.num_models,
+            num_models=len(tensor.models),
             has_base=spec.has_base,
             compute=spec.compute,
             sharded=True,
@@ -274,9 +283,13 @@ class _Again:
             merge=self._merge,
             sources=sources_of(tensor),
             cast=tensor.cast,
+            companions=tensor.companions,
             reader=self._reader,
+            shape=tensor.shape,
+            labels=tuple(self._merge.inputs[s.input].label for s in tensor.models),
         )
 
 
-def _pieces(n: int) -> tuple[Piece, ...]:
-    return tuple(Piece.flat(start, min(_CHUNK, n - start)) for start in range(0, n, _CHUNK))
+def _pieces(n: int, align: int = 1) -> tuple[Piece, ...]:
+    chunk = max(1, _CHUNK // align) * align
+    return tuple(Piece.flat(start, min(chunk, n - start)) for start in range(0, n, chunk))

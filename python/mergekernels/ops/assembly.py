@@ -47,6 +47,7 @@ def alignment(*units: int) -> int:
 
 def parts(inputs: Inputs, align: int) -> Iterator[Part]:
     """The tensor in flat parts that begin at multiples of `align` elements and end there or with the tensor."""
+    inputs = inputs.cut(align)
     pieces = inputs.pieces
     if all(_is_flat(p) and p.g0 % align == 0 and (p.numel % align == 0 or p.g0 + p.numel == inputs.n) for p in pieces):
         for shard, piece in enumerate(pieces):

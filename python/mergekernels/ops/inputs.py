@@ -39,6 +39,10 @@ class Inputs:
     shape: tuple[int, ...] = ()
     labels: tuple[str, ...] = ()
 
+    def cut(self, align: int) -> Inputs:
+        """These inputs, in pieces of multiples of `align` elements where there is a choice."""
+        return self
+
     def views(self, shard: int) -> tuple[TensorView | None, list[TensorView]]:
         """(base, models) of a shard."""
         views = [view_of(t) for t in self.tensors[shard]]
