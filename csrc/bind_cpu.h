@@ -44,3 +44,4 @@ void bind_stats(py::module_& m);
 void bind_sums(py::module_& m);
 // stream, reduce and mark.
 void bind_passes(py::module_& m);
+void bind_learned(py::module_& m);

@@ -174,6 +174,8 @@ constexpr std::int64_t gram_scratch_bytes(int num_models) {
   return gram_values_bytes(num_models) + std::int64_t(kLanes) * 8 * (kFewModels * (kFewModels + 1) / 2);
 }
 
+struct LearnedArgs;  // cpu/learned.h
+
 struct Kernels {
   const char* name;
   void (*stream)(const StreamArgs* args);
@@ -186,6 +188,7 @@ struct Kernels {
   void (*rank_masks)(const RankArgs* args);
   void (*gram)(const GramArgs* args);
   void (*gram_lane)(const GramArgs* args);
+  void (*learned)(const LearnedArgs* args);
 };
 
 // The best instruction set first; `count` is set to their number. Only what this machine can run.

@@ -229,6 +229,30 @@ def gram(
     The segments of `sums` are rows (a tensor is one row), or columns. ValueError if the piece cuts a canonical block.
     """
 
+def learned(
+    pass_: int,
+    groups: int,
+    draw: tuple[int, int],
+    mask: tuple[float, float, int, int] | None,
+    weights: tuple[float, ...],
+    shift: float,
+    sums: BlockSums | None,
+    piece: Box,
+    base: View | None,
+    models: list[View],
+    gradient: View | None,
+    logits: View | None,
+    out: View | None,
+    compute: int,
+    threads: int,
+    isa: str,
+) -> None:
+    """The passes of ops.learned: 0 seg_dot, 1 sum of the mask (both into `sums`), 2 merge, 3 gradient of the logits.
+
+    draw: seed and tensor id of the groups. mask: (temperature, mean, seed, tensor id). Flat pieces; for sums of whole
+    canonical blocks; ValueError otherwise.
+    """
+
 def philox(seed: int, tensor: int, stream: int, first: int, count: int) -> list[int]:
     """The 32-bit words of elements first .. first + count - 1."""
 

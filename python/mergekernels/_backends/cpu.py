@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from .. import _cpu
 from .._native import as_tuple
-from ..errors import ArgumentError, BackendError
+from ..errors import ArgumentError
 from ..ops.keep import Band, Draw, Keep, KeepRule, Marked, RankDraw
 from ..ops.program import Balance, Program, Table
 from ..ops.sums import QUANTITIES, Gram, Reduce
 from ..ops.sweeps import Sweep
 from ..tensors import DType, Piece, TensorView
+from ._cpu_learned import mask_merge, mask_sum, seg_dot
+from ._isa import isa
 
-__all__ = ["FEATURES", "gram", "mark", "reduce", "stream", "sweep", "why_not"]
+__all__ = [
+    "FEATURES",
+    "gram",
+    "isa",
+    "mark",
+    "mask_merge",
+    "mask_sum",
+    "reduce",
+    "seg_dot",
+    "stream",
+    "sweep",
+    "why_not",
+]
 
 _TIES = {"all": 0, "none": 1, "hash": 2, "index": 3}
 _VOTES = ("none", "weighted", "plain", "count")
@@ -27,9 +40,22 @@ _AXES = {"rows": 1, "columns": 2, "groups": 3}
 
 FEATURES = frozenset(
     {
-        *("band", "draw", "rank", "marked", "joint", "importance_key", "factors", "table", "groups", "subtract", "anchor"),
+        *(
+            "band",
+            "draw",
+            "rank",
+            "marked",
+            "joint",
+            "importance_key",
+            "factors",
+            "table",
+            "groups",
+            "subtract",
+            "anchor",
+        ),
         *("vote", "merge", "divisor", "alone", "limit", "useful", "balance", "importance", "reduce", "mark", "gram"),
         *("key:variance", "key:importance", "key:balance"),
+        *("seg_dot", "concrete"),
     }
 )
 """See dispatch.Backend."""
@@ -47,23 +73,6 @@ def why_not(op: str, views: Sequence[TensorView]) -> str | None:
         if not view.device.startswith("cpu"):
             return f"it computes in host memory, and a tensor is on {view.device}"
     return None
-
-
-def isa() -> str:
-    """The instruction set in use: MERGEKERNELS_CPU_ISA, else the best that this machine has."""
-    available = _cpu.isas()
-    asked = os.environ.get("MERGEKERNELS_CPU_ISA", "")
-    if not asked:
-        return available[0]
-    if asked not in available:
-        raise BackendError(
-            "the instruction set asked for cannot run here",
-            code="backend.isa",
-            expected="MERGEKERNELS_CPU_ISA to be one of " + ", ".join(available),
-            got=asked,
-            hint="Unset the variable to let the machine decide.",
-        )
-    return asked
 
 
 def sweep(

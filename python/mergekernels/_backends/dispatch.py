@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from array import array
 
     from .._cpu import BlockSums, StreamStats, SweepStats
+    from ..ops.learned import MaskMerge, Relaxed, SegDot
     from ..ops.program import Program
     from ..ops.sums import Gram, Reduce
     from ..ops.sweeps import Sweep
 
-__all__ = ["NAMES", "Backend", "load", "pick", "requested", "require", "use_backend"]
+__all__ = ["NAMES", "Backend", "LearnedBackend", "load", "pick", "requested", "require", "use_backend"]
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 _ORDER = {"cuda": ("cuda", "triton"), "cpu": ("cpu", "reference")}
@@ -34,7 +35,7 @@ class Backend(Protocol):
     """What a backend module offers.
 
     FEATURES : what it can do beyond points and the weighted vote: `Program.features`, keys of `Sweep` ("key:variance"),
-    and the functions "gram", "reduce", "divergence", "mark".
+    the functions "gram", "reduce", "divergence", "mark", "seg_dot", and "concrete" (masks).
     """
 
     @property
@@ -144,6 +145,55 @@ class Backend(Protocol):
         base's values: e = C(exp(x - max x)), Z = C(sum of e), p = C(C(e / Z) + C(1e-8)), q likewise for the base; the
         terms are C(p * C(log(C(p / q)))), and the result is their sum, 0 where it is negative. Sums are T1, in float64.
         """
+        ...
+
+
+class LearnedBackend(Backend, Protocol):
+    """A backend that also runs the passes of learned coefficients, on tensors in memory alone."""
+
+    def seg_dot(
+        self,
+        request: SegDot,
+        sums: BlockSums,
+        piece: Piece,
+        base: TensorView | None,
+        models: Sequence[TensorView],
+        gradient: TensorView,
+        logits: TensorView | None,
+        *,
+        compute: DType,
+        threads: int,
+    ) -> None:
+        """See ops.learned.SegDot; logits iff it has a mask. Flat pieces of whole canonical blocks."""
+        ...
+
+    def mask_sum(
+        self,
+        request: Relaxed,
+        sums: BlockSums,
+        piece: Piece,
+        logits: TensorView,
+        *,
+        compute: DType,
+        threads: int,
+    ) -> None:
+        """The sum of the mask m of ops.learned.Relaxed, in slot 0. Flat pieces of whole canonical blocks."""
+        ...
+
+    def mask_merge(
+        self,
+        request: MaskMerge,
+        piece: Piece,
+        base: TensorView | None,
+        models: Sequence[TensorView],
+        gradient: TensorView | None,
+        logits: TensorView,
+        out: TensorView,
+        *,
+        compute: DType,
+        threads: int,
+    ) -> None:
+        """See ops.learned.MaskMerge; gradient iff it asks for dz. Flat pieces."""
         ...
 
 
