@@ -171,7 +171,7 @@ def _gather(models: Sequence[torch.Tensor], base: torch.Tensor | None, name: str
     inputs = gather(models, base, name, 0)
     if inputs.sharded:
         raise ArgumentError("this op takes whole tensors", code="inputs", expected="tensors", got="lists of shards")
-    if any(t.requires_grad for t in inputs.tensors[0]):
+    if any(t.requires_grad for t in (*models, *([] if base is None else [base]))):
         raise ArgumentError(
             "models and base are frozen here, and one of them requires a gradient",
             code="inputs.grad",
