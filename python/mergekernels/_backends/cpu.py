@@ -40,22 +40,9 @@ _AXES = {"rows": 1, "columns": 2, "groups": 3}
 
 FEATURES = frozenset(
     {
-        *(
-            "band",
-            "draw",
-            "rank",
-            "marked",
-            "joint",
-            "importance_key",
-            "factors",
-            "table",
-            "groups",
-            "subtract",
-            "anchor",
-        ),
-        *("vote", "merge", "divisor", "alone", "limit", "useful", "balance", "importance", "reduce", "mark", "gram"),
-        *("key:variance", "key:importance", "key:balance"),
-        *("seg_dot", "concrete"),
+        *("band", "draw", "rank", "marked", "joint", "importance_key", "factors", "table", "groups", "subtract"),
+        *("anchor", "vote", "merge", "divisor", "alone", "limit", "useful", "balance", "importance"),
+        *("key:variance", "key:importance", "key:balance", "gram", "reduce", "mark", "seg_dot", "concrete"),
     }
 )
 """See dispatch.Backend."""
