@@ -18,6 +18,7 @@ from mergekernels._backends.dispatch import load
 from mergekernels._methods import get
 from mergekernels._methods.gram import Combination
 from mergekernels._methods.protocol import Spec
+from mergekernels.ops import pcgrad
 from mergekernels.ops.selection import Scope
 from mergekernels.ops.sums import Gram, Sums
 from mergekernels.tensors import F32
@@ -137,7 +138,7 @@ def test_pcgrad_in_both_orders(family: dict[str, np.ndarray]) -> None:
     assert error(merged(models, "pcgrad", order="fixed", reduction="mean"), fixed / 4) < 2e-15
     results = set()
     for seed in (0, 5):
-        for scope, name in (("tensor", "layer.weight"), ("model", None)):
+        for scope, name in (("tensor", "layer.weight"), ("model", 0)):
             orders = []
             for i in range(4):
                 words = {j: word(seed, name, 16 * i + 5, j) for j in range(4) if j != i}
@@ -151,12 +152,12 @@ def test_pcgrad_in_both_orders(family: dict[str, np.ndarray]) -> None:
     assert error(with_base, wide(family["base"]).ravel() + fixed) < 1e-14
 
 
-def word(seed: int, tensor: str | None, stream: int, g: int) -> int:
-    """The Philox word; tensor None is the tensor number 0."""
-    if tensor is not None:
-        return philox_word(seed, tensor, stream, g)
+def word(seed: int, name: str | int, stream: int, g: int) -> int:
+    """The Philox word for a tensor's name, or its number."""
+    if isinstance(name, str):
+        return philox_word(seed, name, stream, g)
     mask = 0xFFFFFFFF
-    c, k = [g // 4, 0, 0, stream], [seed & mask, seed >> 32]
+    c, k = [g // 4, 0, name, stream], [seed & mask, seed >> 32]
     for _ in range(10):
         p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
         c = [(p1 >> 32) ^ c[1] ^ k[0], p1 & mask, (p0 >> 32) ^ c[3] ^ k[1], p0 & mask]
@@ -174,6 +175,39 @@ def test_pcgrad_over_a_model_uses_one_gram(family: dict[str, np.ndarray]) -> Non
     apart = mk.merge_state_dicts(dicts, "pcgrad", order="fixed", scope="tensor", backend=BACKENDS[0])
     part = published.pcgrad([wide(m[:10]).ravel() for m in models], [[1, 2], [0, 2], [0, 1]])
     assert error(apart["w"].numpy(), part) < 2e-15
+
+
+def test_pcgrad_on_gradients(family: dict[str, np.ndarray]) -> None:
+    models = [family["a"] - family["b"], family["b"] - 2 * family["a"], family["c"] - family["d"]]
+    parts: list[list[torch.Tensor | None]] = [[tensor(m[:10]), None, tensor(m[10:])] for m in models]
+    parts[2][2] = None  # zero for this task
+    whole = [m.copy() for m in models]
+    whole[2][10:] = 0
+    for backend in BACKENDS:
+        first, none, last = pcgrad(parts, order="fixed", backend=backend)
+        assert first is not None and none is None and last is not None
+        want = published.pcgrad([wide(m).ravel() for m in whole], [[1, 2], [0, 2], [0, 1]])
+        assert error(np.concatenate([first.numpy(), last.numpy()]), want) < 2e-15
+        mean = pcgrad(parts, order="fixed", reduction="mean", backend=backend)[0]
+        assert mean is not None and torch.allclose(mean * 3, first, rtol=1e-14)
+        by_tensor = pcgrad(parts, scope="tensor", seed=3, backend=backend)
+        orders = []
+        for i in range(2):
+            words = {j: word(3, 2, 16 * i + 5, j) for j in range(3) if j != i}
+            orders.append([j for j in sorted(words, key=lambda j, w=words: w[j]) if j < 2])
+        want = published.pcgrad([wide(m[10:]).ravel() for m in models[:2]], orders)
+        assert by_tensor[2] is not None and error(by_tensor[2].numpy(), want) < 2e-15
+    same = pcgrad(parts, seed=4)
+    dicts = [{"w": tensor(m[:10]), "v": tensor(m[10:])} for m in whole]
+    method = mk.merge_state_dicts(dicts, "pcgrad", seed=4)
+    assert torch.equal(same[0], method["w"]) and torch.equal(same[2], method["v"])
+    parts[0][0] = parts[0][0] * float("nan")
+    spoilt = pcgrad(parts, scope="tensor")
+    assert spoilt[0].isnan().all() and not spoilt[2].isnan().any()
+    assert pcgrad(parts)[2].isnan().all()
+    for wrong in ([], [[tensor(models[0])], []]):
+        with pytest.raises(mk.MergeError, match="gradients"):
+            pcgrad(wrong)
 
 
 @pytest.mark.parametrize("angle", [1e-2, 1e-3, 1e-5, 3e-8])

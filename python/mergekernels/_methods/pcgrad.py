@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
-from .. import _cpu
+from ..ops.surgery import projected, random_order
 from .gram import Combine, Rule, symmetric
 from .protocol import MethodInfo, Param, Spec
 
-__all__ = ["ORDER_PURPOSE", "Pcgrad", "projected", "random_order"]
-
-ORDER_PURPOSE = 5
-"""Purpose of the Philox words that order the projections."""
+__all__ = ["Pcgrad"]
 
 
 class Pcgrad(Combine):
@@ -66,29 +62,3 @@ class Pcgrad(Combine):
             return [x / spec.num_models for x in total] if mean else total
 
         return rule
-
-
-def random_order(num_models: int, seed: int, tensor: int) -> list[list[int]]:
-    """For each vector the others, by ascending Philox word (stream 16 i + 5, element j)."""
-    orders = []
-    for i in range(num_models):
-        words = _cpu.philox(seed, tensor, 16 * i + ORDER_PURPOSE, 0, num_models)
-        orders.append([j for _, j in sorted((word, j) for j, word in enumerate(words) if j != i)])
-    return orders
-
-
-def projected(gram: Sequence[Sequence[float]], order: Sequence[Iterable[int]] | None) -> list[float]:
-    """The coefficients over the vectors of the sum of all projected ones; order None = by number."""
-    count = len(gram)
-    total = [0.0] * count
-    for i in range(count):
-        c = [0.0] * count
-        c[i] = 1.0
-        for j in range(count) if order is None else order[i]:
-            if j == i or gram[j][j] <= 0.0:
-                continue
-            q = math.fsum(a * row[j] for a, row in zip(c, gram, strict=True))
-            if q < 0.0:
-                c[j] -= q / gram[j][j]
-        total = [a + b for a, b in zip(total, c, strict=True)]
-    return total

@@ -5,5 +5,6 @@ from .keep import Keep
 from .program import Program
 from .select import select
 from .stream import stream
+from .surgery import pcgrad
 
-__all__ = ["Keep", "Program", "combine", "concrete", "seg_dot", "select", "stream"]
+__all__ = ["Keep", "Program", "combine", "concrete", "pcgrad", "seg_dot", "select", "stream"]
