@@ -126,7 +126,7 @@ def pcgrad(
 
 def _gram(inputs: Inputs, there: Sequence[int], count: int, request: str | None, threads: int) -> list[list[float]]:
     """The dot products of all tasks over one parameter, those without a gradient zero."""
-    _, backend = pick("gram", inputs.all_views, request)
+    _, backend = pick("stream", inputs.all_views, request)
     require(backend, frozenset({"gram"}))
     sums = _cpu.BlockSums(len(there) * (len(there) + 1) // 2, 1, inputs.n)
     if inputs.n:
