@@ -281,6 +281,13 @@ def test_zero_vectors(family: dict[str, np.ndarray]) -> None:
     # A zero vector has no direction, and still counts in the mean length.
     assert error(merged([a, zero], "karcher"), wide(a) / 2) < 1e-15
     assert not merged([zero, zero], "karcher").any()
+    # So has one whose norm is at most tol; slerp takes such a norm as 1.
+    tiny = 1e-12 * a
+    assert error(merged([a, tiny], "karcher"), wide(a) / 2) < 1e-11
+    assert not merged([tiny, tiny], "karcher").any()
+    assert merged([tiny, tiny], "karcher", tol=0.0).any()
+    want = published.slerp(wide(tiny).ravel(), wide(family["b"]).ravel(), 0.3)
+    assert error(merged([family["b"]], "slerp", tiny, t=0.3), want) < 1e-15
     assert error(merged([a, zero, 2 * a], "multislerp", weights=[1, 1, 1]), wide(a)) < 1e-8  # eps beside the norm
     assert not merged([zero] * 3, "multislerp", weights=[1, 1, 1]).any()
     assert merged([a, a, a], "multislerp", a, weights=[1, 1, 1]).tobytes() == a.tobytes()
