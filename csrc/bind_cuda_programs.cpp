@@ -194,6 +194,24 @@ void reduce(Address plan, const PieceTuple& piece, Address base, const std::vect
   if (a.program.n > 0) launch_reduce(a, dtype, queue);
 }
 
+// One item of a list, as bytes.
+template <class C>
+py::bytes list_item(Address plan, const PieceTuple& piece, Address base, const std::vector<Address>& models,
+                    Address out, int out_dtype) {
+  ProgramArgs<C> a = program_args<C>(plan, to_piece(piece), base, models, out);
+  if (a.n < 1 || out == 0) throw py::value_error("an item of a list has elements and a place for its result");
+  a.out_dtype = out_dtype;
+  return py::bytes(reinterpret_cast<const char*>(&a), sizeof(a));
+}
+
+template <class C>
+void program_list(Address items, Address tiles, std::int64_t num_tiles, Address bad, int dtype, const Queue& queue) {
+  const ListArgs<C> a{pointer<const ProgramArgs<C>>(items), pointer<const TileOf>(tiles), pointer<std::uint32_t>(bad),
+                      num_tiles};
+  const py::gil_scoped_release release;
+  if (num_tiles > 0) launch_list(a, dtype, queue);
+}
+
 }  // namespace
 
 void bind_programs(py::module_& m) {
@@ -208,6 +226,19 @@ void bind_programs(py::module_& m) {
           const auto run = compute == kF64 ? program<double> : program<float>;
           run(plan, piece, base, models, out, dtype, out_dtype, counters, slots, Queue{device, pointer<void>(queue)});
         });
+  m.attr("TILE") = kTileElements;
+  m.def("list_item", [](Address plan, const PieceTuple& piece, Address base, const std::vector<Address>& models,
+                        Address out, int out_dtype, int compute) {
+    check_code(out_dtype, "out_dtype");
+    const auto make = compute == kF64 ? list_item<double> : list_item<float>;
+    return make(plan, piece, base, models, out, out_dtype);
+  });
+  m.def("program_list", [](Address items, Address tiles, std::int64_t num_tiles, Address bad, int dtype, int compute,
+                           int device, Address queue) {
+    check_code(dtype, "dtype");
+    const auto run = compute == kF64 ? program_list<double> : program_list<float>;
+    run(items, tiles, num_tiles, bad, dtype, Queue{device, pointer<void>(queue)});
+  });
   m.def("mark", [](Address plan, const PieceTuple& piece, Address base, const std::vector<Address>& models, int kind,
                    const std::vector<Address>& marks, int dtype, int compute, int device, Address queue) {
     check_code(dtype, "dtype");

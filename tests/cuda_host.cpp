@@ -140,6 +140,15 @@ void launch_program(const ProgramArgs<C>& a, int dtype, const Queue&) {
 }
 
 template <class C>
+void launch_list(const ListArgs<C>& a, int dtype, const Queue&) {
+  by_dtype<C>(dtype, [&](auto code) {
+    std::uint8_t kept[kMaxModels];
+    for (std::int64_t tile = 0; tile < a.num_tiles; ++tile)
+      for (int thread = 0; thread < kTileThreads; ++thread) list_group<code.value>(a, tile, thread, kept, 1);
+  });
+}
+
+template <class C>
 void launch_reduce(const ReduceArgs<C>& a, int dtype, const Queue&) {
   by_dtype<C>(dtype, [&](auto code) {
     std::uint8_t kept[kMaxModels];
@@ -273,6 +282,8 @@ template void launch_stream(const StreamArgs<float>&, int, const Queue&);
 template void launch_stream(const StreamArgs<double>&, int, const Queue&);
 template void launch_program(const ProgramArgs<float>&, int, const Queue&);
 template void launch_program(const ProgramArgs<double>&, int, const Queue&);
+template void launch_list(const ListArgs<float>&, int, const Queue&);
+template void launch_list(const ListArgs<double>&, int, const Queue&);
 template void launch_reduce(const ReduceArgs<float>&, int, const Queue&);
 template void launch_reduce(const ReduceArgs<double>&, int, const Queue&);
 template void launch_block_sums(const NormArgs<float>&, int, const Queue&);

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-KERNELS = ("stream_kernel", "block_sums_kernel", "sweep_kernel", "bins_kernel")
+KERNELS = (
+    *("stream_kernel", "block_sums_kernel", "sweep_kernel", "bins_kernel", "program_kernel", "reduce_kernel"),
+    *("list_kernel", "gram_rows_kernel", "gram_columns_kernel", "divergence_kernel", "rank_kernel"),
+)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ pytest.register_assert_rewrite("gpu_matrix", "gpu_cases", "gpu_feature_cases", "
 
 from gpu_cases import *  # noqa: E402, F403
 from gpu_feature_cases import *  # noqa: E402, F403
+from mergekernels._backends import _cuda_launches as launches  # noqa: E402
 from mergekernels._backends import cuda as backend  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,8 +56,8 @@ def host_module(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def target(host_module: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, str]:
-    monkeypatch.setattr(backend, "_native", lambda: host_module)
-    monkeypatch.setattr(backend, "_queue", lambda x: (0, 0))
+    monkeypatch.setattr(launches, "native", lambda: host_module)
+    monkeypatch.setattr(launches, "queue_of", lambda x: (0, 0))
     return backend, "cpu"
 
 

@@ -3,6 +3,7 @@
 
 #include "cuda/divergence_group.h"
 #include "cuda/gram_group.h"
+#include "cuda/list_group.h"
 #include "cuda/program_group.h"
 #include "cuda/rank_group.h"
 #include "cuda/reduce_group.h"
@@ -23,6 +24,8 @@ template <class C>
 void launch_stream(const StreamArgs<C>& args, int dtype, const Queue& queue);
 template <class C>
 void launch_program(const ProgramArgs<C>& args, int dtype, const Queue& queue);
+template <class C>
+void launch_list(const ListArgs<C>& args, int dtype, const Queue& queue);
 template <class C>
 void launch_reduce(const ReduceArgs<C>& args, int dtype, const Queue& queue);
 template <class C>

@@ -57,6 +57,23 @@ def program(
 ) -> None:
     """The general fused pass. plan : address of the table in device memory; models : all inputs; else as `stream`."""
 
+TILE: int
+"""Elements of one tile of a list."""
+
+def list_item(
+    plan: int, piece: Box, base: int, models: list[int], out: int, out_dtype: int, compute: int
+) -> bytes:
+    """One tensor of a list, as it lies in the table; see `program`."""
+
+def program_list(
+    items: int, tiles: int, num_tiles: int, bad: int, dtype: int, compute: int, device: int, queue: int
+) -> None:
+    """The general fused pass over many tensors in one launch.
+
+    items : address of items in device memory; tiles : int32 pairs (item, number of its tile); bad : int32 per item, set
+    to 1 where an input or the result is not finite, or 0.
+    """
+
 def mark(
     plan: int,
     piece: Box,

@@ -13,6 +13,7 @@ from ._methods.arguments import bind
 from ._methods.modifiers import Then, blocks_of
 from ._methods.protocol import Coeffs, Spec
 from ._rounds import resolve_scope
+from ._small import SmallTensors
 from .errors import ArgumentError, DataError, InputError
 from .merging import Call, merge_one
 from .ops.inputs import Inputs
@@ -86,17 +87,21 @@ def merge_state_dicts(
     if call.method.scope(bound, dialect) == "model":
         scope = _resolve_model(call, sources, order)
     result: dict[str, Any] = {}
+    small = SmallTensors(call)
     for name in order:
         found = sources.read(name)
         if not found.is_float:
             result[name] = _integer(found.models, found.base, name)
             continue
-        inputs = found.inputs(call)
+        inputs, coeffs = found.inputs(call), None
         if scope is None:
-            result[name] = merge_one(call, call.spec(inputs), inputs, None, out_dtype)
+            spec = call.spec(inputs)
         else:
-            spec = scope[0][name]
-            result[name] = merge_one(call, spec, replace(inputs, compute=spec.compute), scope[1], out_dtype)
+            spec, coeffs = scope[0][name], scope[1]
+            inputs = replace(inputs, compute=spec.compute)
+        shared = small.take(spec, inputs, coeffs, out_dtype)
+        result[name] = merge_one(call, spec, inputs, coeffs, out_dtype) if shared is None else shared
+    small.flush()
     return result
 
 

@@ -5,43 +5,27 @@ Inputs are dense after at most one copy; see `_device.operands`.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
-from ..errors import BackendError
-from ..ops.keep import RankBand, RankDraw
 from ..ops.program import Program
 from ..ops.sums import Gram, Reduce
 from ..ops.sweeps import Sweep
 from ..tensors import DType, Piece, TensorView
-from . import _gpu, _gpu_sums
-from ._cuda_plan import address, on_device, point, rank_rule, slots
-from ._device import Operands, no_gpu, same_device
-from ._launches import SLOTS, Extras
-from ._sweeps import points
+from . import _cuda_launches, _cuda_list, _gpu, _gpu_sums
+from ._device import no_gpu, same_device
 
 if TYPE_CHECKING:
     from array import array
-
-    import torch
 
     from .._cpu import BlockSums, StreamStats, SweepStats
 
 __all__ = [
     "FEATURES",
+    "LISTS",
     "divergence",
     "gram",
-    "launch_divergence",
-    "launch_gram",
-    "launch_mark",
-    "launch_rank_masks",
-    "launch_reduce",
-    "launch_stream",
-    "launch_sweep",
     "mark",
     "reduce",
     "stream",
@@ -50,17 +34,18 @@ __all__ = [
 ]
 
 _OPS = ("select", "sweep", "stream", "mark", "gram", "reduce", "divergence")
-_VOTE = {"none": 0, "weighted": 1}
-_DIVISOR = {"none": 0, "value": 1, "agreeing_weights": 2, "agreeing_count": 3}
-_STAGE = {"key": 1, "tie": 2}
-_KEYS = ("delta", "variance", "importance", "balance")
-_MARK = {"kept": 1, "agreeing": 2, "useful": 3}
 
 FEATURES: frozenset[str] = frozenset(
-    "alone anchor balance band divergence divisor draw factors gram groups importance importance_key joint key:balance "
-    "key:importance key:variance limit mark marked merge rank reduce subtract table useful vote".split()
+    (
+        *("alone", "anchor", "balance", "band", "divergence", "divisor", "draw", "factors", "gram", "groups"),
+        *("importance", "importance_key", "joint", "key:balance", "key:importance", "key:variance", "limit", "mark"),
+        *("marked", "merge", "rank", "reduce", "subtract", "table", "useful", "vote"),
+    )
 )
 """See dispatch.Backend."""
+
+LISTS = _cuda_list
+"""Streams over lists of small tensors, one launch for all of them."""
 
 
 def why_not(op: str, views: Sequence[TensorView]) -> str | None:
@@ -94,9 +79,7 @@ def sweep(
     threads: int,
 ) -> None:
     """See ops.program.Sweep. `threads` has no effect."""
-    _gpu.sweep(
-        sys.modules[__name__], request, stats, piece, base, models, compute=compute, tensor=tensor, offset=offset
-    )
+    _gpu.sweep(_cuda_launches, request, stats, piece, base, models, compute=compute, tensor=tensor, offset=offset)
 
 
 def stream(
@@ -112,7 +95,7 @@ def stream(
     marks: Sequence[TensorView | None] = (),
 ) -> None:
     """See dispatch.Backend. `threads` has no effect."""
-    _gpu.stream(sys.modules[__name__], program, piece, base, models, out, compute=compute, stats=stats, marks=marks)
+    _gpu.stream(_cuda_launches, program, piece, base, models, out, compute=compute, stats=stats, marks=marks)
 
 
 def mark(
@@ -127,7 +110,7 @@ def mark(
     threads: int,
 ) -> None:
     """See dispatch.Backend. `threads` has no effect."""
-    _gpu.mark(sys.modules[__name__], program, kind, piece, base, models, marks, compute=compute)
+    _gpu.mark(_cuda_launches, program, kind, piece, base, models, marks, compute=compute)
 
 
 def gram(
@@ -141,7 +124,7 @@ def gram(
     threads: int,
 ) -> None:
     """See ops.sums.Gram. `threads` has no effect."""
-    _gpu_sums.gram(sys.modules[__name__], request, sums, piece, base, models, compute=compute)
+    _gpu_sums.gram(_cuda_launches, request, sums, piece, base, models, compute=compute)
 
 
 def reduce(
@@ -156,7 +139,7 @@ def reduce(
     threads: int,
 ) -> None:
     """See ops.sums.Reduce. `threads` has no effect."""
-    _gpu_sums.reduce(sys.modules[__name__], program, request, sums, piece, base, models, compute=compute)
+    _gpu_sums.reduce(_cuda_launches, program, request, sums, piece, base, models, compute=compute)
 
 
 def divergence(
@@ -169,206 +152,7 @@ def divergence(
     threads: int,
 ) -> array[float]:
     """See dispatch.Backend. `threads` has no effect."""
-    return _gpu_sums.divergence(sys.modules[__name__], row_length, piece, base, model, compute=compute)
-
-
-def launch_sweep(
-    request: Sweep,
-    inputs: Operands,
-    piece: Piece,
-    compute: DType,
-    tensor: int,
-    offset: int,
-    counters: torch.Tensor,
-    entries: torch.Tensor,
-    bins: torch.Tensor | None,
-    numbers: torch.Tensor | None,
-) -> None:
-    """See _launches.Launches."""
-    models = [address(x) for x in inputs.models]
-    if not request.joint:
-        models = [0 if i is None else x for i, x in zip(request.intervals, models, strict=True)]
-    with _launching():
-        _native().sweep(
-            [
-                (0, 0, 0, 0, 0) if i is None else (_STAGE[i.stage], i.lo, i.hi, i.tau, i.model)
-                for i in request.intervals
-            ],
-            request.order == "hash",
-            _box(piece),
-            address(inputs.base),
-            models,
-            inputs.dtype.code,
-            compute.code,
-            request.seed,
-            tensor,
-            offset,
-            entries.shape[2],
-            _KEYS.index(request.key),
-            address(numbers),
-            1 if request.rows is None else request.rows.length,
-            counters.data_ptr(),
-            entries[0].data_ptr(),
-            entries[1].data_ptr(),
-            address(bins),
-            *_queue(counters),
-        )
-
-
-def launch_reduce(
-    program: Program,
-    quantities: tuple[str, ...],
-    inputs: Operands,
-    piece: Piece,
-    compute: DType,
-    sums: torch.Tensor,
-    extras: Extras,
-) -> None:
-    """See _launches.Launches."""
-    num_models = len(program.weights)
-    models = [address(x) for x in inputs.models]
-    common = (inputs.dtype.code, compute.code, sums.data_ptr(), *_queue(sums))
-    with _launching():
-        if quantities == ("squares",):
-            base = address(inputs.base) if program.subtract else 0
-            alone = Program(
-                (1.0,) * num_models, (None,) * num_models, base=base != 0, copy=program.copy, scale=program.scale
-            )
-            _native().block_sums(_plain(alone, base != 0), _box(piece), base, models[:num_models], *common)
-            return
-        plan = on_device(_native(), program, piece, extras, compute, sums)
-        chosen = slots(quantities, num_models)
-        _native().reduce(plan.data_ptr(), _box(piece), address(inputs.base), models, chosen, *common)
-
-
-def launch_stream(
-    program: Program,
-    inputs: Operands,
-    piece: Piece,
-    compute: DType,
-    out: torch.Tensor | None,
-    out_dtype: DType,
-    counters: torch.Tensor | None,
-    raw: bool,
-    extras: Extras,
-) -> None:
-    """See _launches.Launches."""
-    like = inputs.present[0]
-    where = (_box(piece), address(inputs.base), [address(x) for x in inputs.models], address(out))
-    dtypes = (inputs.dtype.code, out_dtype.code, compute.code)
-    with _launching():
-        if program.features:
-            plan = on_device(_native(), program, piece, extras, compute, like)
-            _native().program(plan.data_ptr(), *where, *dtypes, address(counters), SLOTS, *_queue(like))
-        else:
-            plain = _plain(program, inputs.base is not None)
-            _native().stream(plain, *where, *dtypes, raw, address(counters), SLOTS, *_queue(like))
-
-
-def launch_mark(
-    program: Program,
-    kind: Literal["kept", "agreeing", "useful"],
-    inputs: Operands,
-    piece: Piece,
-    compute: DType,
-    marks: Sequence[torch.Tensor],
-    extras: Extras,
-) -> None:
-    """See _launches.Launches."""
-    like = inputs.present[0]
-    with _launching():
-        plan = on_device(_native(), program, piece, extras, compute, like)
-        _native().mark(
-            plan.data_ptr(),
-            _box(piece),
-            address(inputs.base),
-            [address(x) for x in inputs.models],
-            _MARK[kind],
-            [address(x) for x in marks],
-            inputs.dtype.code,
-            compute.code,
-            *_queue(like),
-        )
-
-
-def launch_rank_masks(
-    program: Program,
-    inputs: Operands,
-    piece: Piece,
-    compute: DType,
-    masks: torch.Tensor,
-    thresholds: torch.Tensor | None,
-) -> None:
-    """See _launches.Launches."""
-    import torch
-
-    rows = program.rows
-    assert rows is not None
-    device, queue = _queue(masks)
-    base = address(inputs.base) if program.subtract else 0
-    shape = (piece.g0, piece.numel // rows.length, rows.length, rows.stride)
-    with _launching():
-        size, blocks = _native().rank_room(shape[1], rows.length, compute.code, device)
-        room = torch.empty(size * blocks, dtype=torch.uint8, device=masks.device) if size else None
-        for m, rule in enumerate(program.keep):
-            if not isinstance(rule, (RankDraw, RankBand)):
-                continue
-            divide = isinstance(rule, RankDraw) and rule.divide and thresholds is not None
-            _native().rank(
-                rank_rule(rule),
-                *shape,
-                base,
-                address(inputs.models[m]),
-                inputs.dtype.code,
-                compute.code,
-                program.seed,
-                program.tensor,
-                m,
-                address(masks[m]),
-                address(thresholds[m]) if divide and thresholds is not None else 0,
-                address(room),
-                size,
-                blocks,
-                device,
-                queue,
-            )
-
-
-def launch_gram(
-    subtract: bool,
-    columns: bool,
-    inputs: Operands,
-    rows: int,
-    cols: int,
-    compute: DType,
-    sums: torch.Tensor,
-) -> None:
-    """See _launches.Launches."""
-    base = address(inputs.base) if subtract else 0
-    models = [address(x) for x in inputs.models]
-    with _launching():
-        _native().gram(
-            columns, models, base, rows, cols, inputs.dtype.code, compute.code, sums.data_ptr(), *_queue(sums)
-        )
-
-
-def launch_divergence(
-    inputs: Operands,
-    rows: int,
-    cols: int,
-    compute: DType,
-    maxima: torch.Tensor,
-    totals: torch.Tensor | None,
-    sums: torch.Tensor,
-) -> None:
-    """See _launches.Launches."""
-    where = (address(inputs.models[0]), address(inputs.base), rows, cols, inputs.dtype.code, compute.code)
-    with _launching():
-        _native().divergence(*where, maxima.data_ptr(), address(totals), sums.data_ptr(), *_queue(sums))
-
-
-def _native() -> Any:
-    return importlib.import_module("mergekernels._cuda")
+    return _gpu_sums.divergence(_cuda_launches, row_length, piece, base, model, compute=compute)
 
 
 def _no_nvidia_gpu() -> str | None:
@@ -379,41 +163,5 @@ def _no_nvidia_gpu() -> str | None:
     reason = no_gpu()
     if reason is not None:
         return reason
-    count, why = _native().devices()
+    count, why = _cuda_launches.native().devices()
     return None if count else f"the CUDA runtime of the module finds no device: {why}"
-
-
-@contextmanager
-def _launching() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise BackendError(str(error), code="backend.launch", hint="Ask for another backend.") from error
-
-
-def _box(piece: Piece) -> tuple[int, int, int, int]:
-    return (piece.g0, piece.rows, piece.cols, piece.ld)
-
-
-def _queue(x: torch.Tensor) -> tuple[int, int]:
-    """Device number, and torch's current stream there, so that the order with torch's own work is kept."""
-    import torch
-
-    return (x.get_device(), torch.cuda.current_stream(x.device).cuda_stream)
-
-
-def _plain(program: Program, base: bool) -> tuple[Any, ...]:
-    """A program without features, as the plain kernels take it by value."""
-    return (
-        list(program.weights),
-        [point(k) for k in points(program)],
-        base,
-        _VOTE[program.vote],
-        program.zero_vote,
-        _DIVISOR[program.divisor],
-        program.divisor_value,
-        program.scale,
-        program.copy,
-        program.seed,
-        program.tensor,
-    )
