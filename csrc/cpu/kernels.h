@@ -174,6 +174,19 @@ constexpr std::int64_t gram_scratch_bytes(int num_models) {
   return gram_values_bytes(num_models) + std::int64_t(kLanes) * 8 * (kFewModels * (kFewModels + 1) / 2);
 }
 
+// Whole rows of a model and its base; one number for each row goes to `result`.
+struct DivergenceArgs {
+  Source base, model;
+  std::int64_t rows, length;
+  int compute;
+  double* result;
+  void* scratch;  // divergence_scratch_bytes(), aligned to 64
+};
+
+constexpr std::int64_t divergence_scratch_bytes(std::int64_t length) {
+  return (length + kBlock) * 16 + (length / kCanonicalBlock + 2) * 8;
+}
+
 struct LearnedArgs;  // cpu/learned.h
 
 struct Kernels {
@@ -189,6 +202,7 @@ struct Kernels {
   void (*gram)(const GramArgs* args);
   void (*gram_lane)(const GramArgs* args);
   void (*learned)(const LearnedArgs* args);
+  void (*divergence)(const DivergenceArgs* args);
 };
 
 // The best instruction set first; `count` is set to their number. Only what this machine can run.
