@@ -74,11 +74,16 @@ struct StreamArgs {
   std::uint8_t* bits[kMaxModels];
 };
 
+// Numbers of groups that a pass rounds once, before its first block.
+constexpr std::int64_t group_numbers(const Program& program) {
+  return program.table.axis == kTableGroups ? program.num_models * program.table.segments : 0;
+}
+
 constexpr std::int64_t stream_scratch_bytes(const Program& program, int num_slots) {
-  // Arrays of a block: 14, one to an input, 4 to a model; and lanes of the norms or sums.
-  return std::int64_t(kBlock) * 8 *
-         (14 + program.num_inputs + 4 * std::int64_t(program.num_models) +
-          (num_slots > program.num_models ? num_slots : program.num_models));
+  // Arrays of a block: 14, one to an input, 4 to a model; lanes of the norms or sums; numbers of groups.
+  const std::int64_t lanes = num_slots > program.num_models ? num_slots : program.num_models;
+  return std::int64_t(kBlock) * 8 * (14 + program.num_inputs + 4 * std::int64_t(program.num_models) + lanes) +
+         8 * group_numbers(program);
 }
 
 enum Stage : int { kStageOut = 0, kStageKey = 1, kStageTie = 2 };
