@@ -6,7 +6,7 @@ Scalars and per-model numbers come through one int64 table instead of arguments,
 """
 
 # mypy: ignore-errors
-# Branches on constexpr stay statements, of which Triton compiles one.
+# Branches on constexpr stay statements, of which Triton compiles one; results are taken apart whole.
 # ruff: noqa: SIM108
 
 from __future__ import annotations
@@ -32,12 +32,32 @@ BASE = tl.constexpr(6)
 OFFSET = tl.constexpr(7)
 START = tl.constexpr(8)
 CAPACITY = tl.constexpr(9)
-HEADER = tl.constexpr(16)
-ROW = tl.constexpr(8)
+JOINT_POINT = tl.constexpr(10)  # tau, tie rule, word, index
+VALUES = tl.constexpr(14)  # of a table: address
+LENGTH = tl.constexpr(15)
+SEGMENTS = tl.constexpr(16)
+GROUP_TENSOR = tl.constexpr(17)
+ROW_FACTORS = tl.constexpr(18)  # of the key "importance": address
+ROW_LENGTH = tl.constexpr(19)
+AT_LEAST = tl.constexpr(20)
+QUANTITY_SLOTS = tl.constexpr(21)  # the first slot of each of the eleven quantities
+HEADER = tl.constexpr(32)
+
+# A row: the address of the input, then of a program the rule of the model, of a sweep a search.
+ADDRESS = tl.constexpr(0)
+POINT = tl.constexpr(1)  # tau, tie rule, word, index
+TOP = tl.constexpr(5)  # the same for the entries that a band cuts off
+RULE = tl.constexpr(9)
+THRESHOLD = tl.constexpr(10)
+MASK = tl.constexpr(11)  # address of the bytes or bits
+THRESHOLDS = tl.constexpr(12)  # address, 0 if nothing is divided
+ROW = tl.constexpr(16)
 
 MAX_KEY_F32 = tl.constexpr(0x7F800001)
 MAX_KEY_F64 = tl.constexpr(0x7FF0000000000001)
+DRAW_PURPOSE = tl.constexpr(0)
 TIE_PURPOSE = tl.constexpr(2)
+GROUP_PURPOSE = tl.constexpr(3)
 
 # Contraction would change bits; no value of these kernels depends on the number of warps.
 LAUNCH_OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
@@ -94,6 +114,27 @@ def load(address, e, mask, DTYPE: tl.constexpr, COMPUTE: tl.constexpr, MASKED: t
     else:
         x = x.to(tl.float32)
     return raw, x
+
+
+@triton.jit
+def delta(
+    table,
+    m,
+    x0,
+    e,
+    mask,
+    SUBTRACT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    MASKED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """The values of input m and what they differ from the base by: (x, x - x0), or (x, x)."""
+    x = load(tl.load(table + HEADER + m * ROW), e, mask, DTYPE, COMPUTE, MASKED, ALIGNED)[1]
+    d = x
+    if SUBTRACT:
+        d = x - x0
+    return x, d
 
 
 @triton.jit
@@ -204,23 +245,26 @@ def philox(seed, tensor, stream, group):
 
 
 @triton.jit
-def tie_words(table, m, g, QUADS: tl.constexpr, BLOCK: tl.constexpr):
-    """The word that orders the ties of model m at each flat index: lane g mod 4 of group g div 4, uint32 [BLOCK].
+def first_quads(table, BLOCK: tl.constexpr):
+    """The groups of four that this program's elements form where flat indices are consecutive, int64 [BLOCK / 4]."""
+    first = tl.load(table + G0) + tl.load(table + START) + tl.program_id(0).to(tl.int64) * BLOCK
+    return (first >> 2) + tl.arange(0, BLOCK // 4).to(tl.int64)
 
-    QUADS : the flat indices of a block are consecutive and begin at a multiple of 4, so that one call gives four words.
+
+@triton.jit
+def words(seed, tensor, stream, g, quads, QUADS: tl.constexpr):
+    """The word of each flat index g: lane g mod 4 of group g div 4, uint32.
+
+    QUADS : the flat indices are those of the groups `quads` in order, so that one call gives four words.
     """
-    seed = tl.load(table + SEED)
-    tensor = tl.load(table + TENSOR)
-    stream = m * 16 + TIE_PURPOSE
     if QUADS:
-        first = tl.load(table + G0) + tl.load(table + START) + tl.program_id(0).to(tl.int64) * BLOCK
-        c0, c1, c2, c3 = philox(seed, tensor, stream, (first >> 2) + tl.arange(0, BLOCK // 4).to(tl.int64))
-        words = tl.reshape(tl.join(tl.join(c0, c2), tl.join(c1, c3)), [BLOCK])
+        c0, c1, c2, c3 = philox(seed, tensor, stream, quads)
+        found = tl.reshape(tl.join(tl.join(c0, c2), tl.join(c1, c3)), g.shape)
     else:
         c0, c1, c2, c3 = philox(seed, tensor, stream, g >> 2)
         lane = g & 3
-        words = tl.where((lane & 1) == 0, tl.where(lane == 0, c0, c2), tl.where(lane == 1, c1, c3))
-    return words
+        found = tl.where((lane & 1) == 0, tl.where(lane == 0, c0, c2), tl.where(lane == 1, c1, c3))
+    return found
 
 
 @triton.jit

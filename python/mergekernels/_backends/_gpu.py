@@ -134,7 +134,7 @@ def stream(
         if stats.num_blocks:
             # Before the pass that may write in place.
             sums = torch.empty((num_models, -(-piece.numel // CANONICAL_BLOCK)), dtype=torch.float64, device=device)
-            launches.launch_reduce(program, ("squares",), inputs, piece, compute, sums, Extras())
+            launches.launch_reduce(_untrimmed(program), ("squares",), inputs, piece, compute, sums, Extras())
     extras = extras_for(launches, program, inputs, piece, compute, marks)
     raw_bits = raw and not inputs.converted
     launches.launch_stream(program, inputs, piece, compute, result, out_dtype, counters, raw_bits, extras)
@@ -219,6 +219,14 @@ def extras_for(
     table = None if program.table is None else _values(program.table, num_models, compute, device)
     importance = None if program.importance is None else _values(program.importance, 1, compute, device)[0]
     return Extras(packed, masks, thresholds, table, importance)
+
+
+def _untrimmed(program: Program) -> Program:
+    """A program whose deltas are those of `program`, and that needs nothing else."""
+    ones = (1.0,) * len(program.weights)
+    scale = program.scale if program.copy else 1.0
+    keep = (None,) * len(ones)
+    return Program(ones, keep, base=program.base, subtract=program.subtract, copy=program.copy, scale=scale)
 
 
 def _only(request: Sweep, searches: Sequence[int]) -> Sweep:
