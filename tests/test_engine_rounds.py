@@ -82,6 +82,19 @@ def test_statistics_and_bits_do_not_depend_on_the_cut(
         assert torch.equal(tensor.view(torch.int16), merged[name].view(torch.int16)), name
 
 
+def test_columns_in_boxes_of_a_part_of_each_row(
+    root: Path, tmp_path: Path, probe: rounds.Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mergekernels.engine import tiling
+
+    wanted, _ = in_memory(probe, "gram-columns", "tensor")
+    monkeypatch.setattr(tiling, "_SEGMENT_BYTES", 2)
+    probe.seen.clear()
+    path = rounds.recipe(root, "probe", "narrow", parameters={"kind": "gram-columns"})
+    cases.run_of(path, tmp_path / "out", tile=4096, backend=rounds.backend(rounds.FEATURES["gram-columns"]))
+    assert probe.seen == wanted
+
+
 def test_sums_are_those_of_the_definition(root: Path, tmp_path: Path, probe: rounds.Probe) -> None:
     base, *models = rounds.tensors()
     for kind, dim in (("gram-rows", -1), ("gram-columns", 0)):
