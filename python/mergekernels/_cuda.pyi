@@ -60,9 +60,7 @@ def program(
 TILE: int
 """Elements of one tile of a list."""
 
-def list_item(
-    plan: int, piece: Box, base: int, models: list[int], out: int, out_dtype: int, compute: int
-) -> bytes:
+def list_item(plan: int, piece: Box, base: int, models: list[int], out: int, out_dtype: int, compute: int) -> bytes:
     """One tensor of a list, as it lies in the table; see `program`."""
 
 def program_list(

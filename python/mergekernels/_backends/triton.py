@@ -15,6 +15,7 @@ from ..ops.sweeps import Sweep
 from ..tensors import DType, Piece, TensorView
 from . import _gpu, _gpu_sums, _triton_launches
 from ._device import no_gpu, same_device
+from ._triton_learned import mask_merge, mask_sum, seg_dot
 from ._triton_tables import interpreted
 
 if TYPE_CHECKING:
@@ -27,19 +28,23 @@ __all__ = [
     "divergence",
     "gram",
     "mark",
+    "mask_merge",
+    "mask_sum",
     "reduce",
+    "seg_dot",
     "stream",
     "sweep",
     "why_not",
 ]
 
-_OPS = ("select", "sweep", "stream")
+_OPS = ("select", "sweep", "stream", "seg_dot", "mask_sum", "mask_merge")
 
 FEATURES: frozenset[str] = frozenset(
     (
         *("band", "draw", "rank", "marked", "joint", "importance_key", "factors", "vote", "merge", "divisor", "alone"),
         *("limit", "useful", "balance", "importance", "table", "groups", "subtract", "anchor"),
         *("key:variance", "key:importance", "key:balance", "gram", "reduce", "divergence", "mark"),
+        *("seg_dot", "concrete"),
     )
 )
 """See dispatch.Backend."""
