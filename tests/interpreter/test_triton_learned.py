@@ -18,19 +18,19 @@ def raw(x: torch.Tensor) -> torch.Tensor:
     return x.detach().contiguous().view(torch.uint8)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(3, 1501), (5,), (4096,)])
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [(torch.bfloat16, (3, 1501)), (torch.float32, (4096,)), (torch.float64, (5,))], ids=str
+)
 def test_same_bits_as_the_reference(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     rng = torch.Generator().manual_seed(0)
     base, gradient, logits, *steps = (torch.randn(shape, generator=rng) for _ in range(5))
     models = [(base + 0.3 * x).to(dtype) for x in steps]
     base, gradient = base.to(dtype), gradient.to(dtype)
-    for groups in (1, 5):
-        found = [
-            seg_dot(gradient, models, base=base, groups=groups, seed=2**64 - 5, backend=backend)
-            for backend in ("reference", "triton")
-        ]
-        assert raw(found[0]).equal(raw(found[1]))
+    found = [
+        seg_dot(gradient, models, base=base, groups=3, seed=2**64 - 5, backend=backend)
+        for backend in ("reference", "triton")
+    ]
+    assert raw(found[0]).equal(raw(found[1]))
     results = []
     for backend in ("reference", "triton"):
         c = torch.tensor([0.3, -0.7], requires_grad=True)
