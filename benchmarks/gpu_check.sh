@@ -57,7 +57,7 @@ tests=(test_gpu_devices.py test_cuda_build.py test_cuda_host.py)
 step tests 140 env -C "$root/tests" "$python" -m pytest -q -rs -p no:cacheprovider --junit-xml="$out/tests.xml" "${tests[@]}"
 if command -v compute-sanitizer >/dev/null; then
     step sanitizer 80 env -C "$root/tests" compute-sanitizer --error-exitcode 9 --target-processes all \
-        "$python" -m pytest -q -p no:cacheprovider test_gpu_devices.py -k "cuda and (sizes or pieces or in_place) and not repeated"
+        "$python" -m pytest -q -p no:cacheprovider test_gpu_devices.py -k "cuda and (sizes or pieces or in_place or test_list or rank_divide) and not repeated"
 fi
 step bench 110 env -C "$root/benchmarks" "$python" bench_gpu.py --out "$out/gpu.json"
 cat "$out/bench.log"

@@ -22,4 +22,19 @@ void bind_sums(py::module_& m) {
       },
       py::arg("sums"), py::arg("columns"), py::arg("piece"), py::arg("base"), py::arg("models"), py::arg("compute"),
       py::arg("threads"), py::arg("isa"));
+  m.def(
+      "divergence",
+      [](std::int64_t length, const PieceTuple& piece, const ViewTuple& base, const ViewTuple& model, int compute,
+         int threads, const std::string& isa) {
+        const mk::Kernels& kernels = mk::kernels_of(isa);
+        const mk::View base_view = to_view(base), view = to_view(model);
+        std::vector<double> found;
+        {
+          const py::gil_scoped_release release;
+          found = mk::divergence(length, to_piece(piece), base_view, view, compute, threads, kernels);
+        }
+        return py::bytes(reinterpret_cast<const char*>(found.data()), found.size() * sizeof(double));
+      },
+      py::arg("row_length"), py::arg("piece"), py::arg("base"), py::arg("model"), py::arg("compute"),
+      py::arg("threads"), py::arg("isa"));
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -32,6 +33,8 @@ from mergekernels.errors import DataError
 
 def wanted(target: Any, case: Any) -> tuple[Any, str]:
     backend, device = target
+    if backend.__name__.endswith(".triton") and crc32(case.name.encode()) % 12:
+        pytest.skip("Triton compiles a kernel for each program: a twelfth of the cases")
     missing = case.needs - backend.FEATURES
     if missing:
         pytest.skip(f"the backend lacks {', '.join(sorted(missing))}")

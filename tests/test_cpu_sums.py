@@ -11,6 +11,15 @@ import pytest
 import torch
 
 from cpu_cases import DTYPES, ISAS, KINDS, misaligned, values
+from feature_cases import (
+    DivergenceCase,
+    GramCase,
+    by_name,
+    check_divergence,
+    check_gram,
+    divergence_cases,
+    gram_cases,
+)
 from mergekernels import _cpu
 from mergekernels._backends import cpu, reference
 from mergekernels._native import view_of
@@ -23,11 +32,17 @@ Box = tuple[int, int, int, int]  # first row, first column, rows, columns
 @pytest.fixture(autouse=True, params=ISAS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("MERGEKERNELS_CPU_ISA", request.param)
-    # The reference runs in many small operations, which a team of threads only slows down.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield request.param
-    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("case", gram_cases(), ids=by_name)
+def test_gram(case: GramCase) -> None:
+    check_gram(cpu, case, threads=2)
+
+
+@pytest.mark.parametrize("case", divergence_cases(), ids=by_name)
+def test_divergence(case: DivergenceCase) -> None:
+    check_divergence(cpu, case, threads=2)
 
 
 def gram(
@@ -206,3 +221,32 @@ def test_pieces_that_cut_a_block_are_refused(axis: str, piece: Piece) -> None:
     x = torch.zeros(piece.rows, piece.cols)
     with pytest.raises((ValueError, IndexError)):
         gram(cpu, Segments(axis, count, length), [(piece, None, [x])], 1, F32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_divergence_of_any_values(dtype: str, kind: str) -> None:
+    d = DTYPES[dtype]
+    compute = F64 if d is F64 else F32
+    for case, (rows, length) in enumerate(((0, 4), (3, 1), (5, 7), (2, 255), (3, 257), (2, 4096), (2, 9001))):
+        p, q = (values(kind, rows * length, d, 2 * case + i) * (40 if kind == "normal" else 1) for i in (0, 1))
+        check_divergence(cpu, DivergenceCase("any", length, Piece.flat(0, rows * length), q, p, compute), threads=1)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_divergence_of_views_in_threads(threads: int) -> None:
+    # A team of three needs 3 MiB of work as the backend counts it; a turned view is gathered row by row.
+    p, q = (values("normal", 60_000, BF16, i).reshape(200, 300) for i in (1, 2))
+    piece = Piece.flat(0, 60_000)
+    want = reference.divergence(300, piece, view_of(q), view_of(p), compute=F32, threads=1)
+    for turn in (False, True):
+        x = p.t().contiguous().t() if turn else p
+        got = cpu.divergence(300, piece, view_of(q), view_of(x), compute=F32, threads=threads)
+        assert got.tobytes() == want.tobytes()
+
+
+def test_divergence_needs_whole_rows() -> None:
+    x = view_of(torch.zeros(100))
+    for length, first in ((3, 0), (50, 25), (0, 0)):
+        with pytest.raises(ValueError, match="whole rows"):
+            cpu.divergence(length, Piece.flat(first, 100), x, x, compute=F32, threads=1)

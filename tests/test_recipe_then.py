@@ -236,3 +236,60 @@ def test_importances_out_of_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )
     for name, tensor in read(tmp_path / "o0").items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def base_of(method: str) -> str:
+    return "" if method in ("linear", "karcher", "passthrough") else "base_model: base\n"
+
+
+MERGEKIT: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    # method: models beside the base, parameters of a model, parameters of all
+    "linear": (2, {"weight": 0.5}, {"normalize": False}),
+    "slerp": (1, {}, {"t": 0.5}),
+    "nuslerp": (2, {"weight": 0.5}, {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
+    "passthrough": (1, {"scale": 0.5}, {}),
+    "task_arithmetic": (2, {"weight": 0.5}, {"lambda": 0.9, "normalize": True, "int8_mask": True}),
+    "ties": (2, {"weight": 0.5, "density": 0.5}, {"lambda": 0.9, "normalize": True, "int8_mask": True}),
+    "dare_ties": (2, {"weight": 0.5, "density": 0.5}, {"lambda": 0.9, "normalize": True, "rescale": False}),
+    "dare_linear": (2, {"weight": 0.5, "density": 0.5}, {"lambda": 0.9, "rescale": True, "int8_mask": True}),
+    "breadcrumbs": (2, {"weight": 0.5, "density": 0.5, "gamma": 0.1}, {"lambda": 0.9, "normalize": True}),
+    "breadcrumbs_ties": (2, {"weight": 0.5, "density": 0.5, "gamma": 0.1}, {"lambda": 0.9, "rescale": True}),
+    "della": (2, {"weight": 0.5, "density": 0.5, "epsilon": 0.1}, {"lambda": 0.9, "normalize": True}),
+    "della_linear": (2, {"weight": 0.5, "density": 0.5, "epsilon": 0.1}, {"lambda": 0.9, "rescale": True}),
+    "model_stock": (2, {}, {"filter_wise": True}),
+    "nearswap": (1, {}, {"t": 0.01}),
+    "arcee_fusion": (1, {}, {}),
+    "karcher": (2, {}, {"max_iter": 5, "tol": 0.001}),
+    "multislerp": (2, {"weight": 0.5}, {"normalize_weights": False, "eps": 0.001}),
+    "sce": (2, {}, {"select_topk": 0.5, "int8_mask": False}),
+    "ram": (2, {}, {"epsilon": 0.001}),
+    "ramplus_tl": (2, {}, {"epsilon": 0.001, "r": 0.2, "alpha": 0.3}),
+}
+
+
+@pytest.mark.parametrize("method", MERGEKIT)
+def test_the_parameters_of_mergekit(here: Path, method: str) -> None:
+    models, own, common = MERGEKIT[method]
+    data: dict[str, Any] = {
+        "merge_method": method,
+        "models": [{"model": f"m{i + 1}", "parameters": own} for i in range(models)],
+        "parameters": common,
+    }
+    if base_of(method):
+        data["base_model"] = "base"
+    merge = resolve(load_recipe(data))
+    assert merge.warnings == ()
+    for tensor in merge.tensors:
+        for name, value in common.items():
+            assert tensor.params[name] == value or set(tensor.params[name]) == {value}
+        for name, value in own.items():
+            assert tensor.params[name] == (value,) * models
+    varied = [n for n, v in (own | common).items() if isinstance(v, float) and n not in ("tol", "eps")]
+    for name in varied:
+        spread = [{"filter": "mlp", "value": [0.2, 0.25, 0.3]}, {"value": (own | common)[name]}]
+        again = {**data, "parameters": {**common}}
+        again["models"] = [{"model": m["model"], "parameters": dict(own)} for m in data["models"]]
+        (again["models"][0]["parameters"] if name in own else again["parameters"])[name] = spread
+        found = {t.name: t.params[name] for t in resolve(load_recipe(again)).tensors}
+        value = found["model.layers.1.mlp.gate_proj.weight"]
+        assert (value[0] if isinstance(value, tuple) else value) == 0.25, name

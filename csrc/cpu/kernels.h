@@ -74,11 +74,16 @@ struct StreamArgs {
   std::uint8_t* bits[kMaxModels];
 };
 
+// Numbers of groups that a pass rounds once, before its first block.
+constexpr std::int64_t group_numbers(const Program& program) {
+  return program.table.axis == kTableGroups ? program.num_models * program.table.segments : 0;
+}
+
 constexpr std::int64_t stream_scratch_bytes(const Program& program, int num_slots) {
-  // Arrays of a block: 14, one to an input, 4 to a model; and lanes of the norms or sums.
-  return std::int64_t(kBlock) * 8 *
-         (14 + program.num_inputs + 4 * std::int64_t(program.num_models) +
-          (num_slots > program.num_models ? num_slots : program.num_models));
+  // Arrays of a block: 14, one to an input, 4 to a model; lanes of the norms or sums; numbers of groups.
+  const std::int64_t lanes = num_slots > program.num_models ? num_slots : program.num_models;
+  return std::int64_t(kBlock) * 8 * (14 + program.num_inputs + 4 * std::int64_t(program.num_models) + lanes) +
+         8 * group_numbers(program);
 }
 
 enum Stage : int { kStageOut = 0, kStageKey = 1, kStageTie = 2 };
@@ -174,6 +179,19 @@ constexpr std::int64_t gram_scratch_bytes(int num_models) {
   return gram_values_bytes(num_models) + std::int64_t(kLanes) * 8 * (kFewModels * (kFewModels + 1) / 2);
 }
 
+// Whole rows of a model and its base; one number for each row goes to `result`.
+struct DivergenceArgs {
+  Source base, model;
+  std::int64_t rows, length;
+  int compute;
+  double* result;
+  void* scratch;  // divergence_scratch_bytes(), aligned to 64
+};
+
+constexpr std::int64_t divergence_scratch_bytes(std::int64_t length) {
+  return (length + kBlock) * 16 + (length / kCanonicalBlock + 2) * 8;
+}
+
 struct LearnedArgs;  // cpu/learned.h
 
 struct Kernels {
@@ -189,6 +207,7 @@ struct Kernels {
   void (*gram)(const GramArgs* args);
   void (*gram_lane)(const GramArgs* args);
   void (*learned)(const LearnedArgs* args);
+  void (*divergence)(const DivergenceArgs* args);
 };
 
 // The best instruction set first; `count` is set to their number. Only what this machine can run.

@@ -64,4 +64,8 @@ enum Axis : int { kAxisRows = 0, kAxisColumns = 1 };
 void gram(BlockSums* sums, int axis, const Piece& piece, const View* base, const std::vector<View>& models, int compute,
           int threads, const Kernels& kernels);
 
+// The divergence of the softmax of each of the model's rows of `length` elements from that of the base's.
+std::vector<double> divergence(std::int64_t length, const Piece& piece, const View& base, const View& model,
+                               int compute, int threads, const Kernels& kernels);
+
 }  // namespace mergekernels

@@ -6,7 +6,7 @@
 namespace mergekernels {
 
 RankWindow::RankWindow(const Program& program, int model, const Piece& piece, const View& view, const View* base,
-                       int compute, std::int64_t widest, const Kernels& kernels)
+                       int compute, std::int64_t widest, bool skip_zeros, const Kernels& kernels)
     : program_(program),
       model_(model),
       piece_(piece),
@@ -16,6 +16,7 @@ RankWindow::RankWindow(const Program& program, int model, const Piece& piece, co
       base_reader_(base == nullptr ? view : *base),
       kernels_(kernels),
       compute_(compute),
+      skip_zeros_(skip_zeros),
       slab_(program.row_length * program.row_stride),
       item_(compute == kF64 ? 8 : 4),
       scratch_(rank_scratch_bytes(program.row_length, program.row_stride)) {
@@ -55,6 +56,7 @@ void RankWindow::move(std::int64_t begin, std::int64_t end) {
   args.tensor = program_.tensor;
   args.number = model_;
   args.compute = compute_;
+  args.skip_zeros = skip_zeros_;
   args.mask = mask_.data() + (from - first_);
   args.divisors = divisors_.empty() ? nullptr : divisors_.data() + (from - first_) * item_;
   args.scratch = scratch_.data();

@@ -13,8 +13,9 @@ namespace mergekernels {
 class RankWindow {
  public:
   // piece: flat, of whole slabs. base: null if no deltas are taken. widest: elements of the largest window.
+  // skip_zeros: what is said of deltas that are zero does not matter.
   RankWindow(const Program& program, int model, const Piece& piece, const View& view, const View* base, int compute,
-             std::int64_t widest, const Kernels& kernels);
+             std::int64_t widest, bool skip_zeros, const Kernels& kernels);
 
   // Ranks the slabs that overlap elements begin .. end - 1 of the piece, those that are not yet.
   void move(std::int64_t begin, std::int64_t end);
@@ -33,6 +34,7 @@ class RankWindow {
   Reader reader_, base_reader_;
   const Kernels& kernels_;
   int compute_;
+  bool skip_zeros_;
   std::int64_t slab_, item_;
   std::int64_t first_ = 0, last_ = 0;  // the elements that are there, whole slabs
   std::vector<std::int8_t> mask_;

@@ -62,7 +62,7 @@ void run_range(const Call& call, std::int64_t begin, std::int64_t end) {
     if (!ranked(p.keep[m])) continue;
     const auto k = static_cast<std::size_t>(m);
     ranks[k] = std::make_unique<RankWindow>(p, m, in.piece, (*in.models)[k], p.subtract ? in.base : nullptr, in.compute,
-                                            kRankRun, *in.kernels);
+                                            kRankRun, call.bits == nullptr, *in.kernels);
     ranking = true;
   }
 

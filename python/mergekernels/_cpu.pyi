@@ -229,6 +229,9 @@ def gram(
     The segments of `sums` are rows (a tensor is one row), or columns. ValueError if the piece cuts a canonical block.
     """
 
+def divergence(row_length: int, piece: Box, base: View, model: View, compute: int, threads: int, isa: str) -> bytes:
+    """One float64 per row of a flat piece of whole rows; see dispatch.Backend.divergence."""
+
 def learned(
     pass_: int,
     groups: int,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from ._isa import isa
 
 __all__ = [
     "FEATURES",
+    "divergence",
     "gram",
     "isa",
     "mark",
@@ -41,7 +43,7 @@ _AXES = {"rows": 1, "columns": 2, "groups": 3}
 FEATURES = frozenset(
     {
         *("band", "draw", "rank", "marked", "joint", "importance_key", "factors", "table", "groups", "subtract"),
-        *("anchor", "vote", "merge", "divisor", "alone", "limit", "useful", "balance", "importance"),
+        *("anchor", "vote", "merge", "divisor", "alone", "limit", "useful", "balance", "importance", "divergence"),
         *("key:variance", "key:importance", "key:balance", "gram", "reduce", "mark", "seg_dot", "concrete"),
     }
 )
@@ -198,6 +200,20 @@ def gram(
 
 def _box(piece: Piece) -> tuple[int, int, int, int]:
     return (piece.g0, piece.rows, piece.cols, piece.ld)
+
+
+def divergence(
+    row_length: int,
+    piece: Piece,
+    base: TensorView,
+    model: TensorView,
+    *,
+    compute: DType,
+    threads: int,
+) -> array[float]:
+    """See dispatch.Backend.divergence."""
+    found = _cpu.divergence(row_length, _box(piece), as_tuple(base), as_tuple(model), compute.code, threads, isa())
+    return array("d", found)
 
 
 def _fields(program: Program) -> dict[str, Any]:

@@ -220,6 +220,96 @@ def inspect(
     inspect_command(models, as_json=as_json)
 
 
+masks = typer.Typer(
+    name="masks",
+    help="Experts as one vector and one bit per weight each (TALL masks, EMR).",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(masks)
+
+
+@masks.command(short_help="Experts to one vector and a mask each.", epilog=EXIT_CODES)
+def compress(
+    recipe: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE|EXPERT... OUT",
+            help="A recipe with merge_method tall_mask or emr, or the experts; then the folder to create.",
+        ),
+    ],
+    base: Annotated[
+        str | None, typer.Option(metavar="BASE", help="The experts' base, without a recipe.", show_default=False)
+    ] = None,
+    method: Annotated[str, typer.Option(metavar="NAME", help="tall_mask or emr, without a recipe.")] = "tall_mask",
+    backend: Backend = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    memory: Memory = None,
+    lenient: Lenient = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write one vector and one packed bit per weight of every expert to the new folder OUT.
+
+    OUT is absent or complete. `mergekernels masks restore` gives any expert back.
+    """
+    from .masks import compress_command
+
+    compress_command(
+        recipe,
+        base=base,
+        method=method,
+        backend=backend,
+        device=device,
+        threads=threads,
+        memory=memory,
+        lenient=lenient,
+        as_json=as_json,
+        quiet=quiet,
+    )
+
+
+@masks.command(short_help="An expert from its mask.", epilog=EXIT_CODES)
+def restore(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A folder that `masks compress` wrote.")],
+    expert: Annotated[str, typer.Argument(metavar="EXPERT", help="Name, last part of it, or number from 0.")],
+    dest: Annotated[str, typer.Argument(metavar="DEST", help="Folder to create; it is absent or complete.")],
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="BASE", help="Where the base is now. Default: where it was.", show_default=False),
+    ] = None,
+    backend: Backend = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    memory: Memory = None,
+    shard_size: ShardSize = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DEST, swapped at the end.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the expert EXPERT of the masks in OUT as the checkpoint DEST.
+
+    Base, vector and mask are compared with their digests first.
+    """
+    from .masks import restore_command
+
+    restore_command(
+        out,
+        expert,
+        dest,
+        base=base,
+        backend=backend,
+        device=device,
+        threads=threads,
+        memory=memory,
+        shard_size=shard_size,
+        overwrite=overwrite,
+        as_json=as_json,
+        quiet=quiet,
+    )
+
+
 @app.command(short_help="List the merge methods, or describe one.")
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A method, for all about it.")] = None,

@@ -73,7 +73,8 @@ class OpenTensor:
         self.streams: list[Stream] = streams_of(merge.inputs, sources_of(tensor), ctx.inputs.first)
         self.has_base = tensor.base is not None
         self._first_companion = len(tensor.models) - tensor.companions
-        self.nbytes = sum(s.nbytes for s in self.streams)
+        self.marks = streams_of(merge.inputs, tensor.marks, ctx.inputs.first)
+        self.nbytes = sum(s.nbytes for s in (*self.streams, *self.marks))
         budget = ctx.plan.budget
         widest = max(tensor.dtype.itemsize, *(s.dtype.itemsize for s in self.streams))
         self.tile = budget.tile * budget.itemsize // widest // CANONICAL_BLOCK * CANONICAL_BLOCK
@@ -93,9 +94,9 @@ class OpenTensor:
         ------
         InputError : a file is gone or was changed.
         """
-        numbers = [s.file for s in self.streams]
-        self._fds = self._files.acquire(numbers)
-        self._where = [(self._fds[s.file], s, str(self._files.files[s.file].path)) for s in self.streams]
+        streams = [*self.streams, *self.marks]
+        self._fds = self._files.acquire([s.file for s in streams])
+        self._where = [(self._fds[s.file], s, str(self._files.files[s.file].path)) for s in streams]
 
     def close(self) -> None:
         """Gives descriptors back, after a last look at the files."""
@@ -144,6 +145,17 @@ class OpenTensor:
                 read_exact(self._io, fd, memory[row * step : (row + 1) * step], start, path)
         worker.bytes_read += piece.numel * size
         return worker.tiles.view(source, stream.dtype, self._cast(source), piece.numel)
+
+    def load_marks(self, worker: Worker, piece: Piece) -> list[TensorView]:
+        """Reads the masks of a flat piece that begins at a multiple of 8."""
+        views = []
+        for slot in range(len(self.streams), len(self.streams) + len(self.marks)):
+            fd, stream, path = self._where[slot]
+            size = -(-piece.numel // 8)
+            read_exact(self._io, fd, worker.tiles.memory[slot][:size], stream.offset + piece.g0 // 8, path)
+            worker.bytes_read += size
+            views.append(worker.tiles.view(slot, stream.dtype, None, size))
+        return views
 
     def _cast(self, source: int) -> DType | None:
         """The load cast of a source: models and base have it, what accompanies the models does not."""

@@ -78,6 +78,7 @@ def plan_hash(merge: ResolvedMerge, files: Sequence[OutputFile], small: Sequence
             None if t.cast is None else t.cast.name,
             _params(t.params),
             t.companions,
+            [_source(s) for s in t.marks],
             t.block,
         ]
         for t in merge.tensors

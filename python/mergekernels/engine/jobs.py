@@ -127,6 +127,7 @@ class MergeJob:
             compute=self._spec.compute,
             stats=self._stats,
             threads=1,
+            marks=source.load_marks(worker, piece),
         )
         self._writer.put(worker, index, worker.tiles.out[: piece.numel * dtype.itemsize])
 

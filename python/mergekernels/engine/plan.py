@@ -165,7 +165,7 @@ def _budget(
 ) -> Budget:
     sources = itemsize = 1
     for t in merge.tensors:
-        sources, itemsize = max(sources, len(sources_of(t))), max(itemsize, widest(merge, t))
+        sources, itemsize = max(sources, len(sources_of(t)) + len(t.marks)), max(itemsize, widest(merge, t))
     best = TILE_BYTES if device == "cpu" else _GPU_TILE
     return cut_budget(
         memory_limit(memory),

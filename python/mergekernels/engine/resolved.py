@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .._methods.protocol import Method
 from ..formats.checkpoint import Checkpoint
 from ..tensors import DType
 
@@ -33,6 +34,7 @@ class ResolvedTensor:
     dtype : of the output. cast : load cast of models and base (None for none). params : recipe name -> value, per-model
     ones as tuples, complete with defaults and checked.
     companions : how many of `models`, the last ones, are not models but accompany them, one each.
+    marks : packed masks of the models, bytes, see `ops.keep.Marked`; none or one per model.
     block : (number of its layer block, number of blocks of the output), None outside the layer stack.
     """
 
@@ -45,6 +47,7 @@ class ResolvedTensor:
     cast: DType | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
     companions: int = 0
+    marks: tuple[Source, ...] = ()
     block: tuple[int, int] | None = None
 
 
@@ -52,7 +55,8 @@ class ResolvedTensor:
 class ResolvedMerge:
     """Everything that determines the bytes of the output.
 
-    then : names and parameters of the modifiers that follow the method.
+    then : names and parameters of the modifiers that follow the method. custom : the method itself, where it is none of
+    the registered ones.
     tensors : in order of name (UTF-8 bytes). donor : input whose config and other small files are copied.
     tokenizer : input whose tokenizer files are copied. config : fields of config.json to set.
     aliases : tied tensors, left out of the output (name -> name of the tensor that stands for it).
@@ -73,4 +77,5 @@ class ResolvedMerge:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     recipe_file: str = ""
     then: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    custom: Method | None = None
     warnings: tuple[str, ...] = ()

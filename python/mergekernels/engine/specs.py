@@ -20,7 +20,7 @@ __all__ = ["Specs", "method_of", "sources_of"]
 
 def method_of(merge: ResolvedMerge) -> Method:
     """The method of a merge, with the modifiers that follow it."""
-    return modified(get(merge.method), [name for name, _ in merge.then])
+    return merge.custom or modified(get(merge.method), [name for name, _ in merge.then])
 
 
 def sources_of(tensor: ResolvedTensor) -> tuple[Source, ...]:

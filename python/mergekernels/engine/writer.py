@@ -52,11 +52,14 @@ class Writer:
 
         self._digest.add(index, data, again)
 
+    def digest(self) -> str:
+        """The SHA-256 of all tiles, after the last."""
+        return self._digest.hexdigest() if self._target.placed.nbytes else hashlib.sha256(b"").hexdigest()
+
     def finish(self, ctx: Context, statistics: dict[str, Any], warnings: list[str]) -> None:
         """Hands the tensor's record to the unit."""
         placed = self._target.placed
         tensor = ctx.plan.merge.tensors[placed.index]
-        digest = self._digest.hexdigest() if placed.nbytes else hashlib.sha256(b"").hexdigest()
-        record = TensorRecord(tensor.name, tensor.dtype.name, tensor.shape, digest, statistics, tuple(warnings))
+        record = TensorRecord(tensor.name, tensor.dtype.name, tensor.shape, self.digest(), statistics, tuple(warnings))
         if self._target.unit.finish(record):
             self._target.done(self._target.unit)

@@ -1,0 +1,141 @@
+"""The commands `masks compress` and `masks restore`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ArgumentError
+from .guard import guarded
+from .output import Output
+from .progress import meter, sink
+
+if TYPE_CHECKING:
+    from ..engine.masks import CompressReport
+
+__all__ = ["compress_command", "restore_command"]
+
+
+def compress_command(
+    arguments: Sequence[str],
+    *,
+    base: str | None,
+    method: str,
+    backend: str | None,
+    device: str,
+    threads: int | None,
+    memory: str | None,
+    lenient: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """See `mergekernels masks compress --help`."""
+    output = Output("masks compress", as_json=as_json, quiet=quiet)
+
+    def work() -> int:
+        from ..engine.masks import compress
+        from ..engine.recipe import load_recipe, resolve
+
+        recipe, out = _recipe(arguments, base, method)
+        drawing = meter(output)
+        try:
+            report = compress(
+                resolve(load_recipe(recipe, lenient=lenient, collect=True)),
+                out,
+                backend=backend,
+                device=device,
+                threads=threads,
+                memory=memory,
+                progress=sink(drawing),
+            )
+        finally:
+            drawing.close()
+        if not as_json:
+            for warning in report.warnings:
+                output.note(f"warning: {warning}")
+        output.result(report.to_dict(), _text(report))
+        return 0
+
+    guarded(output, work)
+
+
+def restore_command(
+    masks: str,
+    expert: str,
+    dest: str,
+    *,
+    base: str | None,
+    backend: str | None,
+    device: str,
+    threads: int | None,
+    memory: str | None,
+    shard_size: str,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """See `mergekernels masks restore --help`."""
+    output = Output("masks restore", as_json=as_json, quiet=quiet)
+
+    def work() -> int:
+        from ..engine.masks import restore
+        from ..engine.memory import parse_size
+        from ..report.run import run_text
+
+        drawing = meter(output)
+        try:
+            report = restore(
+                masks,
+                expert,
+                dest,
+                base=base,
+                backend=backend,
+                device=device,
+                threads=threads,
+                memory=memory,
+                shard_size=parse_size(shard_size),
+                overwrite=overwrite,
+                progress=sink(drawing),
+            )
+        finally:
+            drawing.close()
+        output.result(report.to_dict(), run_text(report))
+        return 0
+
+    guarded(output, work, interrupted="Finished files are kept beside DEST; the same command resumes.")
+
+
+def _recipe(arguments: Sequence[str], base: str | None, method: str) -> tuple[str | Mapping[str, Any], str]:
+    """(recipe, OUT) from the positional arguments: a recipe file, or experts."""
+    *inputs, out = arguments
+    if not inputs:
+        raise ArgumentError(
+            "one argument is not enough", code="usage", expected="a recipe, or experts; then OUT", got=repr(out)
+        )
+    if len(inputs) == 1 and base is None and Path(inputs[0]).suffix in (".yml", ".yaml", ".json"):
+        return inputs[0], out
+    if base is None:
+        raise ArgumentError(
+            "experts need their base",
+            code="usage",
+            expected="--base BASE, or a recipe (.yml, .yaml) in the place of the experts",
+            got=", ".join(inputs),
+        )
+    return {"merge_method": method, "base_model": base, "models": [{"model": m} for m in inputs]}, out
+
+
+def _text(report: CompressReport) -> str:
+    from ..report.text import duration, size, table
+
+    rows = [
+        (str(i), name, f"{scale:g}") for i, (name, scale) in enumerate(zip(report.experts, report.scales, strict=True))
+    ]
+    return "\n".join(
+        (
+            f"{report.out}: a vector and {len(report.experts)} masks",
+            table(rows, ("", "expert", "scale")),
+            f"{size(report.bytes_in)} in, {size(report.bytes_out)} out, in {duration(report.seconds)}; tensor memory "
+            f"{size(report.peak_tensor_memory)} of {size(report.memory)}",
+        )
+    )
