@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +14,14 @@ import mergekernels as mk
 from golden_family import digest, family
 from method_cases import CASES
 
+FILE = Path(__file__).parent / "golden" / "digests.json"
+GOLDEN: dict[str, dict[str, str]] = json.loads(FILE.read_text()) if FILE.exists() else {}
+
 
 def arguments(case_id: str, dtype: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(the models, the keyword arguments of merge_state_dicts)."""
     case, models = CASES[case_id], family(dtype)
-    rest: dict[str, Any] = {**case.params, "dialect": case.dialect, "seed": 7}
+    rest: dict[str, Any] = {**case.params, "dialect": case.dialect, "seed": 7, "then": list(case.then)}
     rest["base"] = models["base"] if case.base else None
     if case.companions:
         rest[case.companions] = [models[f"importance_{m}"] for m in case.models]

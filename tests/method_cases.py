@@ -16,6 +16,7 @@ class MethodCase:
     base: bool = True
     dialect: str = "default"
     companions: str = ""
+    then: tuple[tuple[str, dict[str, Any]], ...] = ()
 
 
 W = [1.0, 0.5, 0.75]
@@ -29,9 +30,11 @@ CASES: dict[str, MethodCase] = {
     "ties-paper": MethodCase("ties", {"density": 0.2}, dialect="paper"),
     "ties-peft": MethodCase("ties", {"weights": W, "density": 0.4}, dialect="peft"),
     "dare_linear": MethodCase("dare_linear", {"weights": W, "density": 0.3}),
+    "dare_linear-peft": MethodCase("dare_linear", {"weights": W, "density": 0.3}, dialect="peft"),
     "dare_ties": MethodCase("dare_ties", {"weights": W, "density": [0.3, 0.5, 1.0]}),
     "dare_ties-paper": MethodCase("dare_ties", {"density": 0.5}, dialect="paper"),
     "della": MethodCase("della", {"weights": W, "density": 0.5, "epsilon": 0.1}),
+    "della_linear": MethodCase("della_linear", {"weights": W, "density": [0.4, 0.6, 1.0], "epsilon": 0.1}),
     "della_linear-paper": MethodCase("della_linear", {"weights": W, "density": 0.5, "epsilon": 0.1}, dialect="paper"),
     "breadcrumbs": MethodCase("breadcrumbs", {"weights": W, "density": 0.8, "gamma": 0.05}),
     "breadcrumbs-paper": MethodCase("breadcrumbs", {"weights": W, "density": 0.2, "gamma": 0.05}, dialect="paper"),
@@ -47,6 +50,9 @@ CASES: dict[str, MethodCase] = {
     "magmax": MethodCase("magmax"),
     "emr": MethodCase("emr"),
     "consensus": MethodCase("consensus", {"threshold": 0.3, "at_least": 2}),
+    "tall_mask": MethodCase("tall_mask", {"inner": "ties", "density": 0.3}),
+    "lines": MethodCase("ties", {"weights": W, "density": 0.3}, then=(("lines", {"alpha": 0.2}),)),
+    "lines-multi": MethodCase("task_arithmetic", {"weights": [1.0, 1.0, 1.0]}, then=(("lines", {"beta": 0.5}),)),
     "expo": MethodCase("expo", {"extrapolation_factor": 0.3}, "a"),
     "deme": MethodCase("deme", {"weights": [0.2, 0.3, 0.5]}),
     "pcb": MethodCase("pcb", {"ratio": 0.1}),
@@ -61,6 +67,7 @@ CASES: dict[str, MethodCase] = {
     "karcher": MethodCase("karcher", {}, base=False),
     "model_stock": MethodCase("model_stock"),
     "model_stock-rows": MethodCase("model_stock", {"filter_wise": True}),
+    "model_stock-fusionbench": MethodCase("model_stock", {}, dialect="fusionbench"),
     "pcgrad": MethodCase("pcgrad"),
     "from_norm": MethodCase("from_norm", {"k": 2.0}),
 }

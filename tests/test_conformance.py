@@ -26,7 +26,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("case", KIT.cases, ids=lambda c: c.id)
 def test_agreement(case, backend: str) -> None:
     verdict = judge(case, outputs_of(KIT, case, backend), KIT.expected(case)[0])

@@ -1,0 +1,15 @@
+"""Every method with the Triton kernels: the golden digest. Dtypes take turns, the interpreter being slow."""
+
+from __future__ import annotations
+
+import pytest
+
+from digest_runs import GOLDEN, merged
+from golden_family import DTYPES
+from method_cases import CASES
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_digest(case: str) -> None:
+    dtype = list(DTYPES)[list(CASES).index(case) % len(DTYPES)]
+    assert merged(case, dtype, backend="triton") == GOLDEN[case][dtype]
