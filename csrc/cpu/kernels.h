@@ -149,7 +149,7 @@ struct RankArgs {
 };
 
 constexpr std::int64_t rank_scratch_bytes(std::int64_t length, std::int64_t) {
-  return (length + 2 * kBlock) * 64 + 65536;
+  return (length + 2 * kBlock) * 80 + 196608;
 }
 
 // Up to this many models have all pairs of a Gram matrix summed at once.
