@@ -41,6 +41,7 @@ test: $(VENV)/.built
 
 test-slow: $(VENV)/.built
 	$(RUN)pytest -q -m slow
+	TRITON_INTERPRET=1 $(RUN)pytest -q -m slow tests/interpreter
 
 test-peers: $(VENV)/.built
 	bash benchmarks/make_peer_env.sh $(VENV)-peer

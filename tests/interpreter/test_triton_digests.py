@@ -9,7 +9,11 @@ from golden_family import DTYPES
 from method_cases import CASES
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("linear", "ties", "sce", "magmax", "arcee_fusion", "model_stock-rows", "nuslerp-columns")
+
+
+# All of them take minutes.
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in QUICK else [pytest.mark.slow]) for c in CASES])
 def test_digest(case: str) -> None:
     dtype = list(DTYPES)[list(CASES).index(case) % len(DTYPES)]
     assert merged(case, dtype, backend="triton") == GOLDEN[case][dtype]
