@@ -8,8 +8,7 @@ namespace mergekernels {
 namespace {
 
 template <int kDType, class C>
-__global__ void __launch_bounds__(kTileThreads, sizeof(C) == 8 ? 2 : 3)
-    list_kernel(const __grid_constant__ ListArgs<C> a) {
+__global__ void __launch_bounds__(kTileThreads, 2) list_kernel(const __grid_constant__ ListArgs<C> a) {
   __shared__ std::uint8_t kept[kMaxModels * kTileThreads];
   for (std::int64_t tile = blockIdx.x; tile < a.num_tiles; tile += gridDim.x)
     list_group<kDType>(a, tile, int(threadIdx.x), kept + threadIdx.x, kTileThreads);

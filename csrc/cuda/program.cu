@@ -11,11 +11,10 @@ namespace mergekernels {
 namespace {
 
 template <int kDType, class C>
-__global__ void __launch_bounds__(kSmallBlock, sizeof(C) == 8 ? 2 : 3)
-    program_kernel(const __grid_constant__ ProgramArgs<C> a) {
+__global__ void __launch_bounds__(kSmallBlock, 2) program_kernel(const __grid_constant__ ProgramArgs<C> a) {
   __shared__ std::uint8_t kept[kMaxModels * kSmallBlock];
   __shared__ unsigned counts[kMaxModels + 3];
-  BlockTally tally(counts, a.counters, a.slots, a.num_inputs);
+  BlockTally<true> tally(counts, a.counters, a.slots, a.num_inputs);
   tally.begin();
   const std::int64_t step = std::int64_t(gridDim.x) * kSmallBlock * kGroup;
   for (std::int64_t start = std::int64_t(blockIdx.x) * kSmallBlock * kGroup; start < a.n; start += step) {

@@ -47,7 +47,8 @@ struct Collect {
 };
 
 template <int kDType, bool kJoint, class C>
-__global__ void __launch_bounds__(kThreads) sweep_kernel(const __grid_constant__ SweepArgs a) {
+__global__ void __launch_bounds__(kThreads, kJoint && sizeof(C) == 8 ? 1 : 2)
+    sweep_kernel(const __grid_constant__ SweepArgs a) {
   __shared__ unsigned ahead[kMaxSearches];
   for (int s = int(threadIdx.x); s < a.count; s += kThreads) ahead[s] = 0;
   __syncthreads();

@@ -7,9 +7,10 @@ namespace mergekernels {
 namespace {
 
 template <int kDType, class C, bool kStats>
-__global__ void __launch_bounds__(kThreads) stream_kernel(const __grid_constant__ StreamArgs<C> a) {
+__global__ void __launch_bounds__(kThreads, sizeof(C) == 8 ? 1 : 2)
+    stream_kernel(const __grid_constant__ StreamArgs<C> a) {
   __shared__ unsigned counts[kMaxModels + 3];
-  BlockTally tally(counts, kStats ? a.counters : nullptr, a.slots, a.num_models);
+  BlockTally<!kStats> tally(counts, kStats ? a.counters : nullptr, a.slots, a.num_models);
   tally.begin();
   const std::int64_t step = std::int64_t(gridDim.x) * kThreads * kGroup;
   for (std::int64_t start = std::int64_t(blockIdx.x) * kThreads * kGroup; start < a.n; start += step) {

@@ -5,7 +5,8 @@
 
 namespace mergekernels {
 
-// counters: [slots][3 K + 7], see counter_* in stream_group.h; nullptr for no statistics.
+// counters: [slots][3 K + 7], see counter_* in stream_group.h; nullptr for no statistics, where kOptional allows it.
+template <bool kOptional>
 class BlockTally {
  public:
   __device__ __forceinline__ BlockTally(unsigned* counts, unsigned long long* counters, int slots, int num_models)
@@ -13,21 +14,21 @@ class BlockTally {
     if (counters != nullptr) slot_ = counters + std::int64_t(blockIdx.x % unsigned(slots)) * num_counters(num_models);
   }
   __device__ __forceinline__ void begin() {
-    if (slot_ == nullptr) return;
+    if (off()) return;
     for (int i = int(threadIdx.x); i < num_models_ + 3; i += int(blockDim.x)) counts_[i] = 0;
     __syncthreads();
   }
   __device__ __forceinline__ void end() {
-    if (slot_ == nullptr) return;
+    if (off()) return;
     __syncthreads();
     for (int i = int(threadIdx.x); i < num_models_ + 3; i += int(blockDim.x))
       if (counts_[i] != 0) atomicAdd(slot_ + i, static_cast<unsigned long long>(counts_[i]));
   }
   __device__ __forceinline__ void kept(int m, int count) {
-    if (slot_ != nullptr) add(m, warp_sum(unsigned(count)));
+    if (!off()) add(m, warp_sum(unsigned(count)));
   }
   __device__ __forceinline__ void votes(int conflicts, int positive, int negative) {
-    if (slot_ == nullptr) return;
+    if (off()) return;
     // At most 256 each in a warp: three sums in one.
     const unsigned sum = warp_sum(unsigned(conflicts) | unsigned(positive) << 10 | unsigned(negative) << 20);
     add(counter_conflicts(num_models_), sum & 0x3FFu);
@@ -35,11 +36,12 @@ class BlockTally {
     add(counter_conflicts(num_models_) + 2, sum >> 20);
   }
   __device__ __forceinline__ void nonfinite(int source, int count, std::int64_t first) {
-    if (slot_ == nullptr) return;
+    if (off()) return;
     add_bad(slot_ + counter_bad(num_models_, source), slot_ + counter_first(num_models_, source), count, first);
   }
 
  private:
+  __device__ __forceinline__ bool off() const { return kOptional && slot_ == nullptr; }
   __device__ __forceinline__ void add(int i, unsigned count) {
     if (lane_id() == 0 && count != 0) atomicAdd(counts_ + i, count);
   }
