@@ -63,11 +63,14 @@ GROUP_PURPOSE = tl.constexpr(3)
 LAUNCH_OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 
 
-def block_size(itemsize: int, interpreted: bool) -> int:
-    """Elements per program: 16 bytes of every input per thread, and few programs where each takes 0.5 ms."""
+def block_size(itemsize: int, interpreted: bool, *, heavy: bool = False) -> int:
+    """Elements per program: 16 bytes of every input per thread, and few programs where each takes 0.5 ms.
+
+    heavy : the program computes exponentials, which take many registers.
+    """
     if interpreted:
         return 4096
-    return 256 if itemsize == 8 else 1024
+    return 256 if itemsize == 8 or heavy else 1024
 
 
 @triton.jit

@@ -12,7 +12,15 @@ import triton.language as tl
 from ._common import ADDRESS, BASE, BF16, F16, F32, F64, HEADER, ROW, load
 from ._lanes import fold_lanes
 
-__all__ = ["gram_kernel"]
+__all__ = ["gram_kernel", "tile"]
+
+
+def tile(num_models: int, columns: bool) -> tuple[int, int]:
+    """SIDE and BLOCKS: as many sums of lanes as fit into registers; adjacent columns fill what one access brings."""
+    if columns or num_models == 1:
+        return 1, 8 if columns else 4
+    return (2, 4) if num_models == 2 else (4, 1)
+
 
 _ROWS = tl.constexpr(15)
 _COLS = tl.constexpr(16)

@@ -88,21 +88,27 @@ def _number(
 
 
 @triton.jit
+def _exchange(x, PAIRS: tl.constexpr, HALF: tl.constexpr, TURN: tl.constexpr):
+    """Puts neighbours at distance HALF in order; every other of 2^TURN pairs of halves the other way round (-1: none).
+
+    x : int64 of 2 * PAIRS * HALF numbers.
+    """
+    pairs = tl.reshape(x, [PAIRS, 2, HALF])
+    # A sum of two that wraps around still gives the partner.
+    partner = tl.sum(pairs, axis=1)[:, None, :] - pairs
+    larger = tl.arange(0, 2)[None, :, None]
+    if TURN >= 0:
+        larger = larger ^ ((tl.arange(0, PAIRS) >> TURN) & 1)[:, None, None]
+    return tl.reshape(tl.where((pairs > partner).to(tl.int32) == larger, pairs, partner), x.shape)
+
+
+@triton.jit
 def _in_order(x, ROWS: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr):
     """Rows of CHUNK = 2^STEPS numbers, each in ascending order, by a bitonic network."""
     for k in tl.static_range(1, STEPS + 1):
         for j in tl.static_range(0, k):
-            # Neighbours at distance 2^(k - 1 - j) in runs of 2^k, every other run the other way round.
-            HALF: tl.constexpr = 1 << (k - 1 - j)
-            PAIRS: tl.constexpr = ROWS * CHUNK // (2 * HALF)
-            pairs = tl.reshape(x, [PAIRS, 2, HALF])
-            # A sum of two that wraps around still gives the partner.
-            partner = tl.sum(pairs, axis=1)[:, None, :] - pairs
-            larger = tl.arange(0, 2)[None, :, None]
-            if k < STEPS:
-                larger = larger ^ ((tl.arange(0, PAIRS) >> j) & 1)[:, None, None]
-            x = tl.where((pairs > partner).to(tl.int32) == larger, pairs, partner)
-    return tl.reshape(x, [ROWS, CHUNK])
+            x = _exchange(x, ROWS * CHUNK >> (k - j), 1 << (k - 1 - j), j if k < STEPS else -1)
+    return x
 
 
 @triton.jit

@@ -16,10 +16,13 @@ from ._quotient import enough, quotient
 from ._rules import joint, segment_of, total_delta
 from ._switches import BASE_THERE, COPY, MERGE, SCALE, SCALE_VALUE, SUBTRACT, TABLE, USEFUL
 
-__all__ = ["BLOCKS", "MERGED", "NONE", "SINGLE", "TOTAL", "reduce_kernel"]
+__all__ = ["MERGED", "NONE", "SINGLE", "TOTAL", "blocks_for", "reduce_kernel"]
 
-BLOCKS = 4
-"""Canonical blocks per program: one for each warp."""
+
+def blocks_for(heavy: bool) -> int:
+    """Canonical blocks per program: one per warp; fewer of `heavy` launches, the merge of doubles or by balance."""
+    return 2 if heavy else 4
+
 
 NONE = -1
 """No quantity: those of a launch come as four numbers, places in `ops.sums.QUANTITIES`."""

@@ -101,6 +101,7 @@ def stream_kernel(dtype: DType, out: DType, target: GPUTarget, program: dict[str
     constants: dict[str, Any] = {
         **common(dtype),
         **place(dtype),
+        "BLOCK": block_size(dtype.itemsize, False, heavy=program.get("MERGE") == 4),
         "P": pack(**program),
         "NUM_MODELS": 3,
         "NUM_INPUTS": 6 if program.get("MERGE") == 3 else 3,
@@ -146,18 +147,19 @@ def select_kernel(dtype: DType, target: GPUTarget, **changes: Any) -> Any:
 def reduce_kernel(dtype: DType, target: GPUTarget, program: dict[str, int], *quantities: int) -> Any:
     four = [*quantities, *[reduce.NONE] * (4 - len(quantities))]
     importance = program.get("MERGE") == 3
+    merged = bool(reduce.MERGED & set(quantities))
     constants: dict[str, Any] = {
         **common(dtype),
         "P": pack(**program),
         **{f"WHICH{i}": q for i, q in enumerate(four)},
-        "NEEDS_MERGE": bool(reduce.MERGED & set(quantities)),
+        "NEEDS_MERGE": merged,
         "NEEDS_TOTAL": bool(reduce.TOTAL & set(quantities)),
         "NEEDS_IMPORTANCE": importance,
         "NUM_MODELS": 3,
         "NUM_INPUTS": 6 if importance else 3,
         "QUADS": True,
         "UNROLL": 3,
-        "BLOCKS": reduce.BLOCKS,
+        "BLOCKS": reduce.blocks_for(merged and (dtype is F64 or program.get("MERGE") == 4)),
     }
     pointers = {"table": "*i64", "coefficients": POINTER[compute_of(dtype)], "sums_ptr": "*fp64"}
     return compiled(reduce.reduce_kernel, pointers, constants, target)
@@ -167,10 +169,10 @@ def gram_kernel(dtype: DType, target: GPUTarget, models: int, *, columns: bool =
     constants = {
         **common(dtype),
         "NUM_MODELS": models,
-        "SIDE": 2 if models == 2 or columns else 4,
+        "SIDE": gram.tile(models, columns)[0],
         "COLUMNS": columns,
         "HAS_BASE": base,
-        "BLOCKS": 16 if columns else 4,
+        "BLOCKS": gram.tile(models, columns)[1],
     }
     return compiled(gram.gram_kernel, {"table": "*i64", "sums_ptr": "*fp64"}, constants, target)
 
@@ -303,8 +305,8 @@ def test_every_variant_compiles(dtype: DType, tmp_path: Path) -> None:
         {"ALIGNED": False},
         {"KEY": 1},
         {"KEY": 2},
-        {"KEY": 3},
-        {"KEY": 3, "TIES": True, "MASKED": True},
+        {"KEY": 3, "BLOCK": block_size(dtype.itemsize, False, heavy=True)},
+        {"KEY": 3, "BLOCK": block_size(dtype.itemsize, False, heavy=True), "TIES": True, "MASKED": True},
     ):
         check(select_kernel(dtype, goal, **change), tmp_path, wide=0)
     for kind in (0, 1, 2):
@@ -312,6 +314,7 @@ def test_every_variant_compiles(dtype: DType, tmp_path: Path) -> None:
     for program, quantities in (
         (TIES, (4, 7, 10)),
         (PROGRAMS["sce"], (9,)),
+        (PROGRAMS["pcb"], (10,)),
         (PROGRAMS["fisher"], (5, 8)),
         ({"COPY": 1, "SCALE": 1}, (1,)),
     ):

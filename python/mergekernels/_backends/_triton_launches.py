@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .._native import torch_dtype
 from ..ops.program import Program
 from ..ops.sweeps import Sweep
-from ..tensors import BF16, DType, Piece
+from ..tensors import BF16, F64, DType, Piece
 from ._device import Operands, is_flat
 from ._launches import SLOTS, Extras
 from ._triton_ranks import launch_rank_masks, run
@@ -53,7 +53,8 @@ def launch_sweep(
     numbers: torch.Tensor | None,
 ) -> None:
     """See _launches.Launches."""
-    tables = sweep_table(request, inputs, piece, tensor, offset, entries.shape[2], numbers)
+    block = _block(inputs, request)
+    tables = sweep_table(request, inputs, piece, tensor, offset, entries.shape[2], numbers, block)
     constants = {
         "KEY": KEYS[request.key],
         "NUM_SEARCHES": len(request.intervals),
@@ -70,7 +71,7 @@ def launch_sweep(
     # Pointers that a variant does not read are given what is at hand, of the type that they have elsewhere.
     spare = counters.view(torch_dtype(compute)) if numbers is None else numbers
     arguments = (counters, entries[0], entries[1], entries if bins is None else bins, spare)
-    _cover(kernels("select").select_kernel, piece.numel, inputs.dtype, tables, arguments, constants)
+    _cover(kernels("select").select_kernel, piece.numel, block, tables, arguments, constants)
 
 
 def launch_stream(
@@ -87,7 +88,8 @@ def launch_stream(
     """See _launches.Launches."""
     import torch
 
-    tables = program_table(program, inputs, piece, compute, extras)
+    block = _block(inputs, program)
+    tables = program_table(program, inputs, piece, compute, extras, block=block)
     constants = {
         **_shared(program, inputs, compute),
         "NUM_INPUTS": program.num_inputs,
@@ -101,7 +103,7 @@ def launch_stream(
     # bfloat16 is written as the integers that the kernel makes.
     written = tables if out is None else out.view(torch.int16) if out_dtype is BF16 else out
     arguments = (coefficients(program, inputs, compute), written, tables if counters is None else counters)
-    _cover(kernels("stream").stream_kernel, piece.numel, inputs.dtype, tables, arguments, constants)
+    _cover(kernels("stream").stream_kernel, piece.numel, block, tables, arguments, constants)
 
 
 def launch_reduce(
@@ -117,26 +119,27 @@ def launch_reduce(
     module = kernels("reduce")
     num_models = len(program.weights)
     slots = quantity_slots(quantities, num_models)
-    table = program_table(program, inputs, piece, compute, extras, slots)[0]
+    table = program_table(program, inputs, piece, compute, extras, slots=slots)[0]
     numbers = coefficients(program, inputs, compute)
     shared = _shared(program, inputs, compute)
-    groups = -(-sums.shape[1] // module.BLOCKS)
     # Those that need all models come apart from those that need one, four at a time for the sake of registers.
     for several in (False, True):
         wanted = [q for q in slots if (q in module.MERGED | module.TOTAL) == several]
         for first in range(0, len(wanted), 4):
             four = wanted[first : first + 4]
+            needs_merge = bool(module.MERGED & set(four))
+            blocks = module.blocks_for(needs_merge and (compute is F64 or bool(program.balance)))
             constants = {
                 **shared,
                 **{f"WHICH{i}": four[i] if i < len(four) else module.NONE for i in range(4)},
-                "NEEDS_MERGE": bool(module.MERGED & set(four)),
+                "NEEDS_MERGE": needs_merge,
                 "NEEDS_TOTAL": bool(module.TOTAL & set(four)),
                 "NEEDS_IMPORTANCE": program.num_inputs > num_models,
                 "NUM_INPUTS": program.num_inputs,
                 "QUADS": piece.g0 % 4 == 0,
-                "BLOCKS": module.BLOCKS,
+                "BLOCKS": blocks,
             }
-            grid = (1 if set(four) <= module.SINGLE else num_models, groups)
+            grid = (1 if set(four) <= module.SINGLE else num_models, -(-sums.shape[1] // blocks))
             run(module.reduce_kernel, grid, (table, numbers, sums), constants)
 
 
@@ -152,11 +155,12 @@ def launch_mark(
     """See _launches.Launches."""
     import torch
 
-    tables = program_table(program, inputs, piece, compute, extras)
+    block = _block(inputs, program)
+    tables = program_table(program, inputs, piece, compute, extras, block=block)
     addresses = torch.tensor([x.data_ptr() for x in marks], dtype=torch.int64).to(tables.device)
     constants = {**_shared(program, inputs, compute), "KIND": _KIND[kind], **_place(piece)}
     arguments = (coefficients(program, inputs, compute), addresses)
-    _cover(kernels("mark").mark_kernel, piece.numel, inputs.dtype, tables, arguments, constants)
+    _cover(kernels("mark").mark_kernel, piece.numel, block, tables, arguments, constants)
 
 
 def launch_gram(
@@ -170,8 +174,7 @@ def launch_gram(
 ) -> None:
     """See _launches.Launches."""
     num_models = len(inputs.models)
-    side = 1 if num_models == 1 else 2 if num_models == 2 or columns else 4
-    blocks = 16 if columns else 4
+    side, blocks = kernels("gram").tile(num_models, columns)
     constants = {
         "NUM_MODELS": num_models,
         "SIDE": side,
@@ -226,11 +229,15 @@ def _shared(program: Program, inputs: Operands, compute: DType) -> dict[str, Any
     }
 
 
+def _block(inputs: Operands, request: Program | Sweep) -> int:
+    """Elements per program."""
+    return int(kernels("_common").block_size(inputs.dtype.itemsize, interpreted(), heavy=bool(request.balance)))
+
+
 def _cover(
-    kernel: Any, n: int, dtype: DType, tables: torch.Tensor, arguments: tuple[Any, ...], constants: dict[str, Any]
+    kernel: Any, n: int, block: int, tables: torch.Tensor, arguments: tuple[Any, ...], constants: dict[str, Any]
 ) -> None:
     """Launches a kernel over n elements: whole blocks without masks, so that loads are wide, then the rest."""
-    block = kernels("_common").block_size(dtype.itemsize, interpreted())
     if n >= block:
         run(kernel, (n // block,), (tables[0], *arguments), constants | {"MASKED": False, "BLOCK": block})
     if n % block:

@@ -114,9 +114,15 @@ def program_table(
     piece: Piece,
     compute: DType,
     extras: Extras,
+    *,
     slots: dict[int, int] | None = None,
+    block: int = 1,
 ) -> torch.Tensor:
-    """The tables of a program; slots : the first slot of each quantity of a reduction, by its number."""
+    """The tables of a program.
+
+    slots : the first slot of each quantity of a reduction, by its number. block : elements per program of the body
+    launch.
+    """
     header = _header(inputs, piece, program.seed, program.tensor)
     if program.joint is not None:
         header[10:14] = _point(program.joint, compute)
@@ -133,7 +139,7 @@ def program_table(
         assert x is not None
         rule = program.keep[k] if k < len(program.keep) else None
         rows.append([x.data_ptr(), *_rule(rule, k, compute, extras)])
-    return _tables(header, rows, piece.numel, inputs)
+    return _tables(header, rows, piece.numel // block * block, inputs)
 
 
 def _rule(rule: Any, t: int, compute: DType, extras: Extras) -> list[int]:
@@ -171,6 +177,7 @@ def sweep_table(
     offset: int,
     capacity: int,
     numbers: torch.Tensor | None,
+    block: int,
 ) -> torch.Tensor:
     """The tables of a counting pass: a row per search or model, whichever are more."""
     header = _header(inputs, piece, request.seed, tensor)
@@ -183,7 +190,7 @@ def sweep_table(
     for row, i in zip(rows, request.intervals, strict=False):
         if i is not None:
             row[1:] = [_STAGE[i.stage], i.lo, i.hi, i.tau, bin_shift(i.lo, i.hi), i.model]
-    return _tables(header, rows, piece.numel, inputs)
+    return _tables(header, rows, piece.numel // block * block, inputs)
 
 
 def box_table(inputs: Operands, rows: int, cols: int) -> torch.Tensor:
@@ -217,15 +224,14 @@ def _header(inputs: Operands, piece: Piece, seed: int, tensor: int) -> list[int]
     return header + [0] * (kernels("_common").HEADER.value - len(header))
 
 
-def _tables(header: list[int], rows: list[list[int]], n: int, inputs: Operands) -> torch.Tensor:
+def _tables(header: list[int], rows: list[list[int]], tail: int, inputs: Operands) -> torch.Tensor:
     """The table of the body launch and that of the tail launch, which differ in where they begin: int64 [2, ...]."""
     import torch
 
     common = kernels("_common")
-    block = common.block_size(inputs.dtype.itemsize, interpreted())
     flat = list(header)
     for row in rows:
         flat += row + [0] * (common.ROW.value - len(row))
     tables = torch.tensor([flat, flat], dtype=torch.int64)
-    tables[1, common.START.value] = n // block * block
+    tables[1, common.START.value] = tail
     return tables.to(inputs.present[0].device)
