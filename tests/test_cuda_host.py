@@ -16,12 +16,10 @@ from typing import Any
 
 import pytest
 
-pytest.register_assert_rewrite("gpu_matrix", "gpu_cases", "gpu_feature_cases", "feature_cases")
-
-from gpu_cases import *  # noqa: E402, F403
-from gpu_feature_cases import *  # noqa: E402, F403
-from mergekernels._backends import _cuda_launches as launches  # noqa: E402
-from mergekernels._backends import cuda as backend  # noqa: E402
+from gpu_cases import *  # noqa: F403
+from gpu_feature_cases import *  # noqa: F403
+from mergekernels._backends import _cuda_launches as launches
+from mergekernels._backends import cuda as backend
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -8,20 +8,17 @@ import os
 from typing import Any
 
 import pytest
+import torch
 
-pytest.register_assert_rewrite("gpu_matrix", "gpu_cases", "gpu_feature_cases", "feature_cases")
-
-import torch  # noqa: E402
-
-from gpu_matrix import SEED, TENSOR, check_stream, check_sweep, inputs, key_interval, tau_of  # noqa: E402
-from mergekernels import _cpu  # noqa: E402
-from mergekernels._backends import reference  # noqa: E402
-from mergekernels._backends._device import place  # noqa: E402
-from mergekernels._native import view_of  # noqa: E402
-from mergekernels.ops.keep import Keep  # noqa: E402
-from mergekernels.ops.program import Program  # noqa: E402
-from mergekernels.ops.sweeps import Sweep  # noqa: E402
-from mergekernels.tensors import BF16, F32, Piece, TensorView  # noqa: E402
+from gpu_matrix import SEED, TENSOR, check_stream, check_sweep, inputs, key_interval, tau_of
+from mergekernels import _cpu
+from mergekernels._backends import reference
+from mergekernels._backends._device import place
+from mergekernels._native import view_of
+from mergekernels.ops.keep import Keep
+from mergekernels.ops.program import Program
+from mergekernels.ops.sweeps import Sweep
+from mergekernels.tensors import BF16, F32, Piece, TensorView
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter is no device", allow_module_level=True)

@@ -14,10 +14,9 @@ import pytest
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton's interpreter is asked for before start: TRITON_INTERPRET=1", allow_module_level=True)
 
-pytest.register_assert_rewrite("gpu_matrix", "feature_programs", "feature_cases")
 
-import feature_cases as cases  # noqa: E402
-from mergekernels._backends import triton as backend  # noqa: E402
+import feature_cases as cases
+from mergekernels._backends import triton as backend
 
 LARGEST = 9000
 

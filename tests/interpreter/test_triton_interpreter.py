@@ -15,10 +15,9 @@ import pytest
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton's interpreter is asked for before start: TRITON_INTERPRET=1", allow_module_level=True)
 
-pytest.register_assert_rewrite("gpu_matrix", "gpu_cases")
 
-from gpu_cases import *  # noqa: E402, F403
-from mergekernels._backends import triton as backend  # noqa: E402
+from gpu_cases import *  # noqa: F403
+from mergekernels._backends import triton as backend
 
 
 @pytest.fixture
