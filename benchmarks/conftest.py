@@ -1,8 +1,8 @@
 """Options, data and yardsticks of the op benchmarks.
 
-`pytest bench_select.py bench_stream.py` in this folder measures at full size (16 and 64 Mi elements, a few minutes on
-two cores), `--quick` at 1 Mi elements in seconds, `--results FILE` puts the numbers into the "ops" section of a JSON
-file.
+`pytest bench_select.py bench_stream.py bench_methods.py` in this folder measures at full size (16 and 64 Mi elements, a
+few minutes on two cores), `--quick` at 1 Mi elements in seconds, `--results FILE` puts the numbers into the "ops"
+section of a JSON file.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(
             f"{e['op']:26} {e['dtype']:9} {e['elements'] // MI:3d} Mi  {e['ns_per_element']:7.3f} ns/element  "
             f"{e['gb_per_s']:6.2f} GB/s = {e['percent_of_plain_read']:5.1f} % of a plain read  "
-            f"{e['times_faster_than_eager']:6.1f}x eager torch"
+            + (f"{e['times_faster_than_eager']:6.1f}x eager torch" if "torch_eager_ms" in e else "")
         )
     streams = {(e["dtype"], e["elements"]): e["median_ms"] for e in records if e["op"] == "stream ties"}
     for e in records:
