@@ -396,3 +396,26 @@ def test_a_terminal_gets_a_bar(root, tmp_path):
     stdout, _ = process.communicate()
     assert process.returncode == 0 and b"checkpoint_sha256" in stdout
     assert (b"merge" in drawn and b"\x1b[" in drawn and b"MiB" in drawn) or b"kB" in drawn or b"bytes" in drawn
+
+
+def test_warnings_of_a_method_are_said_once_and_not_to_the_quiet(tmp_path):
+    base = {"w": torch.zeros(6, 1)}
+    for number, name in enumerate(("base", "a")):
+        save(tmp_path / name, {"w": base["w"] + number})
+    path = tmp_path / "recipe.yml"
+    path.write_text(
+        json.dumps(
+            {
+                "merge_method": "breadcrumbs",
+                "dialect": "paper",
+                "base_model": str(tmp_path / "base"),
+                "models": [{"model": str(tmp_path / "a")}],
+                "parameters": {"weight": 1, "density": 0.3},
+            }
+        )
+    )
+    quiet = call("run", path, tmp_path / "quiet", "--quiet")
+    assert (quiet.returncode, quiet.stderr) == (0, "")
+    said = call("run", path, tmp_path / "said").stderr.splitlines()
+    assert sum("keeps no entry of rows of length 1" in line for line in said) == 1
+    assert all(line.startswith("warning: ") for line in said)

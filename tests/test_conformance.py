@@ -82,3 +82,32 @@ def test_what_cannot_be_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "kit.json").write_text(json.dumps({"layout": 2, "cases": []}))
     assert main(["--kit", str(tmp_path)]) == 2
     assert "expected layout 1; got 2" in capsys.readouterr().err
+
+
+def test_a_kit_that_is_not_usable_judges_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--method", "expo", "--tool", "peft"]) == 2  # cases of both, none of the pair
+    assert "the kit has no such case" in capsys.readouterr().err
+    assert main(["--method", "expo", "--backend", "cpo"]) == 2
+    assert "unknown backend" in capsys.readouterr().err
+    shutil.copytree(KIT.folder, tmp_path / "kit")
+    kit = tmp_path / "kit"
+    file = kit / "outputs" / "mergekit-ties.safetensors"
+    file.write_bytes(file.read_bytes()[:40])
+    assert main(["--outputs", str(kit), "--method", "ties"]) == 1
+    assert "FAIL mergekit-ties (mergekit 0.1.5, ties, default): " in (said := capsys.readouterr().out)
+    assert "cannot be read" in said
+    assert main(["--kit", str(kit), "--method", "ties"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    case = {"id": "x", "tool": "t", "version": "1", "method": "ties", "models": ["a"], "base": "bse", "bound": 0}
+    for text, said in (
+        ("[]", "expected layout 1; got None"),
+        ('{"layout": 1}', "the kit has no such case"),
+        ('{"layout": 1, "cases": [{"id": "x"}]}', "case 0 of the kit is not usable"),
+        (json.dumps({"layout": 1, "cases": [case]}), "got 'bse'"),
+    ):
+        (kit / "kit.json").write_text(text)
+        assert main(["--kit", str(kit)]) == 2
+        assert said in capsys.readouterr().err
+    (kit / "inputs" / "family.safetensors").write_bytes(b"no")
+    assert main(["--kit", str(kit)]) == 2
+    assert "cannot be read" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from ..errors import MergeError
@@ -24,6 +25,7 @@ def guarded(output: Output, work: Callable[[], int], *, interrupted: str = "") -
 
     interrupted : a sentence for people who stop the command, about what is left on disk.
     """
+    logging.getLogger("mergekernels").addHandler(_Warnings(output))
     try:
         with orderly():
             status = work()
@@ -50,6 +52,22 @@ def guarded(output: Output, work: Callable[[], int], *, interrupted: str = "") -
         )
         status = 1
     raise SystemExit(status)
+
+
+class _Warnings(logging.Handler):
+    """What methods say about tensors, each sentence once, as the warnings of the command."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__(logging.WARNING)
+        self._output = output
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """A line on stderr."""
+        text = record.getMessage()
+        if text not in self._said:
+            self._said.add(text)
+            self._output.note(f"warning: {text}")
 
 
 class _Stopped(MergeError):

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from .._backends.dispatch import pick, requested
 from ..errors import MergeError, nearest
 from .judge import Verdict, judge
 from .kit import Case, Kit, open_kit, read_output
@@ -33,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         kit = open_kit(options.kit)
         cases = _chosen(kit, options.method, options.tool)
+        if options.outputs is None:
+            pick("stream", (), requested(options.backend))  # one that cannot run judges nothing
         verdicts = [_verdict(kit, case, options.outputs, options.backend) for case in cases]
     except MergeError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -64,7 +67,10 @@ def _chosen(kit: Kit, method: str | None, tool: str | None) -> list[Case]:
                 got=repr(value),
                 hint=nearest(value, known),
             )
-    return [c for c in kit.cases if method in (None, c.method) and tool in (None, c.tool)]
+    chosen = [c for c in kit.cases if method in (None, c.method) and tool in (None, c.tool)]
+    if not chosen:
+        raise MergeError("the kit has no such case", code="conformance.none", got=f"method {method}, tool {tool}")
+    return chosen
 
 
 def _verdict(kit: Kit, case: Case, outputs: Path | None, backend: str | None) -> Verdict:

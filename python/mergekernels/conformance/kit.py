@@ -61,15 +61,13 @@ def read_output(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, dict[str
 
     Raises
     ------
-    InputError : the file is missing.
+    InputError : the file is missing or damaged.
     """
-    from safetensors.torch import load_file
-
     if not file.is_file():
         raise InputError("an output of the kit is missing", code="conformance.output", file=str(file))
     tensors: dict[str, torch.Tensor] = {}
     masks: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in load_file(file).items():
+    for key, value in _load(file, "conformance.output").items():
         kind, _, name = key.rpartition("/")
         if not kind:
             tensors[name] = value
@@ -85,29 +83,50 @@ def open_kit(folder: str | Path | None = None) -> Kit:
     ------
     InputError : there is none, or it is laid out in another way.
     """
-    from safetensors.torch import load_file
-
     place = _default() if folder is None else Path(folder)
     try:
         raw = json.loads((place / "kit.json").read_text())
-        family = load_file(place / "inputs" / "family.safetensors")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"no conformance kit: {error}", code="conformance.kit", file=str(place)) from None
-    if raw.get("layout") != 1:
+    layout = raw.get("layout") if isinstance(raw, dict) else None
+    if layout != 1:
         raise InputError(
-            "the kit is laid out in another way",
-            code="conformance.kit",
-            expected="layout 1",
-            got=str(raw.get("layout")),
+            "the kit is laid out in another way", code="conformance.kit", expected="layout 1", got=str(layout)
         )
     inputs: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in family.items():
-        model, name = key.split("/")
+    for key, value in _load(place / "inputs" / "family.safetensors", "conformance.kit").items():
+        model, _, name = key.partition("/")
         inputs.setdefault(model, {})[name] = value
     cases = []
-    for entry in raw["cases"]:
-        cases.append(Case(**entry | {key: tuple(entry[key]) for key in ("models", "without") if key in entry}))
+    for number, entry in enumerate(raw.get("cases", ())):
+        try:
+            case = Case(**entry | {key: tuple(entry[key]) for key in ("models", "without") if key in entry})
+        except TypeError as error:
+            raise InputError(
+                f"case {number} of the kit is not usable: {error}", code="conformance.kit", file=str(place / "kit.json")
+            ) from None
+        for model in (*case.models, *(() if case.base is None else (case.base,))):
+            if model not in inputs:
+                raise InputError(
+                    f"case '{case.id}' merges a model that the kit lacks",
+                    code="conformance.kit",
+                    file=str(place / "kit.json"),
+                    expected="one of " + ", ".join(sorted(inputs)),
+                    got=repr(model),
+                )
+        cases.append(case)
     return Kit(place, tuple(cases), inputs)
+
+
+def _load(file: Path, code: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot be read: {error}", code=code, file=str(file)) from None
 
 
 def _default() -> Path:
