@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mergekernels as mk
 from brute import philox_word
 from mergekernels._backends.dispatch import load
+from mergekernels.errors import ArgumentError
 from mergekernels.ops import combine, concrete, seg_dot
 
 BACKENDS = [name for name in ("reference", "cpu") if {"seg_dot", "concrete", "groups"} <= load(name).FEATURES]
@@ -275,3 +276,14 @@ def test_refusals() -> None:
     for call, message in cases:
         with pytest.raises(mk.MergeError, match=message):
             call()
+
+
+def test_numbers_and_gradients_that_cannot_be_computed_with() -> None:
+    x = torch.ones(4)
+    for shape in ((1,), (1, 2)):
+        with pytest.raises(ArgumentError, match="coefficients is beyond the range of float32"):
+            combine([x], torch.full(shape, 1e300, dtype=torch.float64))
+    with pytest.raises(ArgumentError, match="coefficients is beyond the range of float32"):
+        concrete([x], torch.full((1,), 1e300, dtype=torch.float64), x)
+    with pytest.raises(ArgumentError, match=r"gradient is not usable; expected bfloat16, .*; got torch.int64"):
+        seg_dot(x.long(), [x])

@@ -349,3 +349,29 @@ def test_lazy_state_dicts_are_read_once_per_pass() -> None:
     lazy = Lazy({k: v + torch.randn(v.shape, generator=g) for k, v in base.items()})
     mk.merge_state_dicts([lazy], "ties", base=base, weights=1, density=0.3, scope="model")
     assert lazy.reads.count("x") == lazy.reads.count("y") == 4
+
+
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+@pytest.mark.parametrize("name", [1, "\ud800"])
+def test_names_of_state_dicts_are_unicode(name: object, scope: str) -> None:
+    sd = {name: torch.ones(2)}
+    with pytest.raises(ArgumentError, match="name is not a tensor's name"):
+        mk.merge_state_dicts([sd], "ties", base=sd, weights=1, scope=scope)  # type: ignore[list-item, arg-type]
+
+
+def test_importances_are_named_and_leave_the_dtype_alone() -> None:
+    x, importance = torch.ones(3, dtype=torch.bfloat16), torch.ones(3)
+    assert mk.merge([x, x], "fisher", importance=[importance] * 2).dtype == torch.bfloat16
+    merged = mk.merge_state_dicts([{"a": x}] * 2, "fisher", importance=[{"a": importance}] * 2)
+    assert merged["a"].dtype == torch.bfloat16
+    with pytest.raises(InputError, match="importance 1 lacks a"):
+        mk.merge_state_dicts([{"a": x}] * 2, "fisher", importance=[{"a": importance}, {}])
+
+
+def test_seeds_are_integers_of_any_library_and_dialects_strings() -> None:
+    x = torch.ones(2)
+    mk.merge([x], "linear", weights=1, seed=np.uint64(2**64 - 1))  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="seed is not usable"):
+        mk.merge([x], "linear", weights=1, seed=True)
+    with pytest.raises(ArgumentError, match="linear has no dialect"):
+        mk.merge([x], "linear", weights=1, dialect=["default"])  # type: ignore[arg-type]

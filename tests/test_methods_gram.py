@@ -412,3 +412,40 @@ def test_rows_are_cheap_on_the_host() -> None:
         coeffs = method.resolve(spec, state, Sums((tuple(dots),)), count * 8)
         assert isinstance(coeffs, Combination) and len(coeffs.values) == 2 * count
         assert time.process_time() - began < 2.0  # 0.3 s on a slow core
+
+
+HUGE = [torch.full((3,), 1e154, dtype=torch.float64), torch.full((3,), -1e154, dtype=torch.float64)]
+
+
+@pytest.mark.parametrize(
+    ("method", "models", "params"),
+    [
+        ("multislerp", [torch.eye(2), -torch.eye(2)], dict(weights=[1e200, 1e308], normalize_weights=False)),
+        ("slerp", [torch.tensor([-1.0, 0.1]).double()], dict(t=1e308, base=torch.tensor([1.0, 0.0]).double())),
+        ("pcgrad", HUGE, dict(reduction="mean")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_coefficients_beyond_doubles_are_refused_or_propagate(method: str, models: list, params: dict) -> None:
+    with pytest.raises(mk.MergeError, match="the result overflows its dtype, or is NaN"):
+        mk.merge(models, method, **params)
+    assert not mk.merge(models, method, nan="propagate", **params).isfinite().any()
+
+
+def test_sums_of_weights_beyond_doubles() -> None:
+    a, b = torch.eye(2), torch.ones(2, 2)
+    assert torch.equal(mk.merge([a, b], "nuslerp", weights=1e308), mk.merge([a, b], "nuslerp", weights=1))
+    with pytest.raises(mk.MergeError, match="sum of the weights is beyond the range of float64"):
+        mk.merge([a, b], "multislerp", weights=1e308)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_from_norm_with_a_huge_power_keeps_the_largest(size: float) -> None:
+    deltas = [torch.full((4,), size), torch.full((4,), 2 * size)]
+    assert torch.equal(mk.merge(deltas, "from_norm", base=torch.zeros(4), k=1e308), deltas[1])
+    assert torch.equal(mk.merge(deltas[:1] * 2, "from_norm", base=torch.zeros(4), k=1e308), deltas[0])
+
+
+def test_surgery_on_gradients_beyond_doubles_gives_nan() -> None:
+    found = pcgrad([[x, x, x, x] for x in HUGE])
+    assert all(x is not None and x.isnan().all() for x in found)

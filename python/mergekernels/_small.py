@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from ._backends.dispatch import pick, require
 from ._methods.protocol import Coeffs, Round, Spec
-from ._native import torch_dtype, view_of
+from ._native import view_of
+from .merging import Call, output_dtype
 from .ops.inputs import Inputs
-from .ops.output import check_out_dtype
 from .ops.stream import run_program
-from .tensors import promote
 
 if TYPE_CHECKING:
     import torch
-
-    from .merging import Call
 
 __all__ = ["SmallTensors"]
 
@@ -55,8 +52,7 @@ class SmallTensors:
         if not lists.can_list(program):
             return None
         require(backend, program.features)
-        dtype = out_dtype or torch_dtype(promote([v.dtype for v in inputs.all_views]))
-        check_out_dtype(dtype, inputs.name)
+        dtype = output_dtype(spec, inputs, out_dtype)
         first = inputs.tensors[0][0]
         out = torch.empty(first.shape, dtype=dtype, device=first.device)
         self.waiting.append((backend, program, inputs, out))

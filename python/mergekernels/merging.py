@@ -25,7 +25,7 @@ from .tensors import F64, promote
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Call", "merge", "merge_one"]
+__all__ = ["Call", "merge", "merge_one", "output_dtype"]
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,13 @@ class Call:
         """Check what does not depend on the tensors."""
         if not isinstance(method, str):
             raise ArgumentError("method is not a name", code="method.unknown", expected="a string", got=repr(method))
-        if not isinstance(shard_dim, int) or shard_dim < 0:
+        if not isinstance(shard_dim, int) or isinstance(shard_dim, bool) or shard_dim < 0:
             raise ArgumentError(
                 "shard_dim is not usable", code="shard_dim", expected="a dimension, 0 or more", got=repr(shard_dim)
             )
         if nan not in ("error", "propagate"):
             raise ArgumentError("nan is not usable", code="nan", expected="'error' or 'propagate'", got=repr(nan))
-        if not isinstance(seed, int) or not 0 <= seed < 2**64:
-            raise ArgumentError("seed is not usable", code="seed", expected="an integer in [0, 2**64)", got=repr(seed))
+        seed = check_integer(seed, 0, 1 << 64, "seed")
         given = dict(arguments)
         if weights is not None:
             given["weights"] = weights
@@ -186,11 +185,20 @@ def merge_one(
     _, backend = pick("stream", inputs.all_views, call.backend)
     if coeffs is None:
         coeffs = resolve_scope(call.method, [spec], [inputs], backend, call.threads, call.nan)
-    dtype = out_dtype or torch_dtype(promote([v.dtype for v in inputs.all_views]))
-    check_out_dtype(dtype, inputs.name)
+    dtype = output_dtype(spec, inputs, out_dtype)
     outs = _outputs(inputs, dtype, out)
     run_program(call.method.apply(spec, coeffs), inputs, outs, backend, call.threads, call.nan)
     return outs if inputs.sharded else outs[0]
+
+
+def output_dtype(spec: Spec, inputs: Inputs, asked: torch.dtype | None) -> torch.dtype:
+    """The dtype asked for, else the promoted one of models and base; what accompanies the models does not count."""
+    if asked is None:
+        base, models = inputs.views(0)
+        counted = models[: spec.num_models] if base is None else [*models[: spec.num_models], base]
+        asked = torch_dtype(promote([v.dtype for v in counted]))
+    check_out_dtype(asked, inputs.name)
+    return asked
 
 
 def _outputs(inputs: Inputs, dtype: torch.dtype, out: Any) -> list[torch.Tensor]:
@@ -249,8 +257,8 @@ def merge(
     name : the tensor's name in its model; with `seed` (64 bits, default 0) it determines the random words.
     dialect : variant of the method, "default" or one that `methods()` lists.
     nan : "error" (default) refuses NaN, Inf and overflow; "propagate" lets them through, NaN canonical.
-    out_dtype : default the promoted dtype of the inputs. out : tensor (or list of shards) to write into, its own memory
-        or exactly one of the inputs; what it holds after a DataError is undefined.
+    out_dtype : default the promoted dtype of models and base. out : tensor (or list of shards) to write into, its own
+        memory or exactly one of the inputs; what it holds after a DataError is undefined.
     backend : "cpu", "reference", "triton", "cuda"; default `use_backend`, then MERGEKERNELS_BACKEND, then the best
         for the device. threads : of the cpu backend, default torch's count.
     shard_dim : the dimension along which lists of shards are cut: 0 rows (default), 1 columns, and so on.

@@ -16,7 +16,7 @@ from ._rounds import resolve_scope
 from ._small import SmallTensors
 from .errors import ArgumentError, DataError, InputError
 from .merging import Call, merge_one
-from .ops.inputs import Inputs
+from .ops.inputs import Inputs, check_name
 from .ops.selection import Scope
 from .tensors import F32, F64, DType
 
@@ -78,7 +78,9 @@ def merge_state_dicts(
             raise ArgumentError(f"state dict {i} is not a mapping", code="models.type", got=type(m).__name__)
     call.check_arity(len(models), base is not None)
     companions = _companions(call, len(models))
-    _same_names([*everything, *companions], base is not None)
+    labels = (["the base"] if base is not None else []) + [f"model {i}" for i in range(len(models))]
+    labels += [f"{call.method.info.companions} {i}" for i in range(len(companions))]
+    _same_names([*everything, *companions], labels)
     order = list(everything[0].keys())
     sources = _Sources(models, base, companions)
     bound = bind(call.method, call.arguments, len(models), dialect, nan)
@@ -193,9 +195,10 @@ class _Lazy(Sequence[Inputs]):
         return replace(self.sources.read(self.names[i]).inputs(self.call), compute=self.compute)
 
 
-def _same_names(everything: Sequence[Mapping[str, Any]], has_base: bool) -> None:
-    labels = (["the base"] if has_base else []) + [f"model {i}" for i in range(len(everything) - has_base)]
-    union = {name for m in everything for name in m}
+def _same_names(everything: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> None:
+    union = {name for m in everything for name in m.keys()}  # noqa: SIM118 - keys() is all that is asked of a mapping
+    for name in union:
+        check_name(name)
     lacking = []
     for label, m in zip(labels, everything, strict=True):
         missing = sorted(union.difference(m.keys()))

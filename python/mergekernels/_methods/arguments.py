@@ -98,7 +98,7 @@ def bind(
     ArgumentError : unknown or missing parameter, wrong type, number out of range, wrong count, impossible combination.
     """
     info = method.info
-    if dialect not in info.dialects:
+    if not isinstance(dialect, str) or dialect not in info.dialects:
         raise ArgumentError(
             f"{info.name} has no dialect {dialect!r}",
             code="dialect.unknown",

@@ -11,6 +11,7 @@ from ..errors import DataError
 from ..ops.program import Program
 from ..ops.sums import Reduce, Sums
 from .common import check_factors, spoiled
+from .gram import exact_sum
 from .pipeline import place
 from .protocol import Coeffs, MethodInfo, Param, Round, Spec, Stats
 
@@ -85,7 +86,7 @@ class Fisher:
         if not spec.params["normalize_fisher"]:
             return coeffs
         epsilon = spec.params["epsilon"]
-        norms = [sqrt(fsum(sums.number(spec.num_models + t, i) for i in tensors)) + epsilon for t in models]
+        norms = [sqrt(exact_sum([sums.number(spec.num_models + t, i) for i in tensors])) + epsilon for t in models]
         if not all(map(isfinite, norms)):
             return replace(coeffs, scales=None)
         # Without epsilon, importances that are all 0 have no norm: in the limit those models alone count.

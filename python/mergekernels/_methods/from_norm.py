@@ -76,8 +76,11 @@ def _shares(squares: list[float], power: float) -> list[float]:
     if power == 0.0:
         return [1.0 / len(squares)] * len(squares)
     # The package's own exp and log: the same bits on every machine.
-    logs = [0.5 * power * _cpu.transcendental("log", s) if s > 0.0 else -math.inf for s in squares]
+    plain = [_cpu.transcendental("log", s) if s > 0.0 else -math.inf for s in squares]
+    logs = [0.5 * power * x for x in plain]
     top = max(logs)
+    if math.isinf(top):  # a huge power: only differences from the largest norm can be told
+        logs, top = [0.5 * power * (x - max(plain)) for x in plain], 0.0
     parts = [_cpu.transcendental("exp", x - top) if x > -math.inf else 0.0 for x in logs]
     total = math.fsum(parts)
     return [p / total for p in parts]

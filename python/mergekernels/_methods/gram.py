@@ -83,7 +83,7 @@ class Combine(ABC):
         for entries in zip(*dots, strict=True):
             total = sum(entries)
             # A NaN or an infinity spoils its segment and no other.
-            rows.append(rule(entries) if total - total == 0.0 else unknown)
+            rows.append(_ruled(rule, entries, unknown) if total - total == 0.0 else unknown)
         values = array("d")
         for column in zip(*rows, strict=True):
             values.extend(column)
@@ -93,6 +93,14 @@ class Combine(ABC):
     def apply(self, spec: Spec, coeffs: Coeffs) -> Program:
         """The combination, on top of the base if there is one."""
         return combination(spec, coeffs)
+
+
+def _ruled(rule: Rule, entries: Sequence[float], unknown: Sequence[float]) -> Sequence[float]:
+    """The coefficients of one segment; `unknown` where numbers on the way to them leave the range of doubles."""
+    try:
+        return rule(entries)
+    except (ArithmeticError, ValueError):  # math's errors: too large a number, or no number at all
+        return unknown
 
 
 def combination(spec: Spec, coeffs: Coeffs, scale: float = 1.0) -> Program:

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import DataError
 from ..ops.program import Program
 from .common import weight
-from .gram import Combination, Combine, Rule, norm_of, symmetric
+from .gram import Combination, Combine, Rule, exact_sum, norm_of, symmetric
 from .protocol import Coeffs, MethodInfo, Param, Round, Spec
 
 __all__ = ["Multislerp"]
@@ -45,10 +45,14 @@ class Multislerp(Combine):
     )
 
     def check(self, params: Mapping[str, Any], dialect: str, nan: str) -> list[str]:
-        """Weights that sum to zero cannot be normalised."""
-        if params["normalize_weights"] and math.fsum(params["weight"]) == 0.0:
+        """Weights that sum to zero, or to too much, cannot be normalised."""
+        total = exact_sum(params["weight"]) if params["normalize_weights"] else 1.0
+        if total == 0.0:
             problem = "the weights sum to zero, and normalize_weights divides by their sum"
             return [f"{problem}; expected a sum other than 0; got {list(params['weight'])}"]
+        if not math.isfinite(total):
+            problem = "the sum of the weights is beyond the range of float64"
+            return [f"{problem}; expected a magnitude below 2**1024; got {list(params['weight'])}"]
         return []
 
     def start(self, spec: Spec) -> Round | Coeffs:

@@ -62,6 +62,8 @@ class Nuslerp(Combine):
         """The two coefficients of a segment."""
         w1, w2 = spec.params["weight"]
         total = w1 + w2
+        if math.isinf(total):
+            w2, total = w2 / 2, w1 / 2 + w2 / 2
         t = 0.5 if abs(total) < 1e-6 else w2 / total
         s = 1.0 - t
         sin, acos, sqrt = math.sin, math.acos, math.sqrt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import fsum, isfinite
+from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ..ops.keep import KEEP_NOTHING, Keep
@@ -12,6 +12,7 @@ from ..ops.program import Program
 from ..ops.selection import Selection, localise
 from ..ops.sums import Reduce, Sums
 from .common import INT8_MASK, spoiled
+from .gram import exact_sum
 from .protocol import Coeffs, MethodInfo, Param, Round, Spec, Stats
 
 if TYPE_CHECKING:
@@ -166,9 +167,9 @@ class Sce:
 
 def _shares(energies: list[float], spec: Spec) -> tuple[float, ...] | None:
     """The energies over their sum; alike where there is none; None where it is not finite."""
-    if not all(map(isfinite, energies)):
+    total = exact_sum(energies)
+    if not isfinite(total):
         return None
-    total = fsum(energies)
     if total == 0.0 or total / spec.n < spec.params["energy_floor"]:
         return (1.0 / len(energies),) * len(energies)
     return tuple(e / total for e in energies)

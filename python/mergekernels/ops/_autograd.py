@@ -65,6 +65,13 @@ class Passes:
                 got=str(tuple(gradient.shape)) if isinstance(gradient, torch.Tensor) else type(gradient).__name__,
             )
         slope = view_of(gradient.detach().contiguous())
+        if not slope.dtype.is_float:
+            raise ArgumentError(
+                "gradient is not usable",
+                code="gradient",
+                expected="bfloat16, float16, float32 or float64",
+                got=str(gradient.dtype),
+            )
         z = None if logits is None else view_of(logits.detach())
         backend = self.backend("seg_dot", "seg_dot", [slope] if z is None else [slope, z])
         sums = _cpu.BlockSums(self.inputs.num_models * request.groups, 1, self.inputs.n)
@@ -120,6 +127,7 @@ class Combine(torch.autograd.Function):
             program = Program(tuple(_finite(numbers.tolist())), keep, base=inputs.has_base)
             check_range(program.weights, inputs.compute, "coefficients")
         else:
+            check_range(numbers.reshape(-1).tolist(), inputs.compute, "coefficients")
             table = Table("groups", groups, _doubles(numbers), request.tensor)
             program = Program((1.0,) * inputs.num_models, keep, base=inputs.has_base, table=table, seed=seed)
         ctx.save_for_backward(coefficients, *inputs.tensors[0])
@@ -154,6 +162,7 @@ class Concrete(torch.autograd.Function):
         mean = passes.mask_mean(mask, logits)
         mask = Relaxed(mask.temperature, mask.seed, mask.tensor, mean)
         weights = tuple(_finite(coefficients.detach().double().tolist()))
+        check_range(weights, passes.compute, "coefficients")
         ctx.save_for_backward(coefficients, logits, *inputs.tensors[0])
         ctx.request, ctx.passes = MaskMerge(weights, mask), passes
         first = inputs.tensors[0][0]

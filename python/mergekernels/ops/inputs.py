@@ -15,7 +15,7 @@ from ..tensors import DType, Piece, TensorView, compute_dtype, tensor_id
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Inputs", "gather", "num_threads"]
+__all__ = ["Inputs", "check_name", "gather", "num_threads"]
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ def gather(models: Sequence[Any], base: Any, name: str, shard_dim: int, names: S
     """
     import torch
 
-    if not isinstance(name, str) or not _encodable(name):
-        raise ArgumentError("name is not a tensor's name", code="name", expected="a string of Unicode", got=repr(name))
+    check_name(name)
     if isinstance(models, (torch.Tensor, Mapping, str)) or not isinstance(models, Iterable):
         raise ArgumentError(
             "the models are not a list of tensors", code="models.type", tensor=name, got=type(models).__name__
@@ -103,6 +102,12 @@ def gather(models: Sequence[Any], base: Any, name: str, shard_dim: int, names: S
         _shape([tuple(shard[0].shape) for shard in shards], shard_dim),
         tuple(labels[: len(models)]),
     )
+
+
+def check_name(name: Any) -> None:
+    """Refuse what cannot name a tensor."""
+    if not isinstance(name, str) or not _encodable(name):
+        raise ArgumentError("name is not a tensor's name", code="name", expected="a string of Unicode", got=repr(name))
 
 
 def _shape(shapes: list[tuple[int, ...]], dim: int) -> tuple[int, ...]:

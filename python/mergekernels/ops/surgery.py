@@ -81,7 +81,8 @@ def pcgrad(
     Returns
     -------
     A new tensor per parameter, in the promoted dtype of its gradients; None where every task has None. Dot products are
-    exact sums in float64, the same bits on every backend; a NaN or Inf makes its whole scope NaN.
+    exact sums in float64, the same bits on every backend; a NaN or Inf, also one that a dot product overflows to,
+    makes its whole scope NaN.
 
     Raises
     ------
@@ -146,13 +147,19 @@ def _total(grams: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
 
 
 def _sum(terms: Sequence[float]) -> float:
-    return math.fsum(terms) if all(map(math.isfinite, terms)) else math.nan
+    try:
+        return math.fsum(terms) if all(map(math.isfinite, terms)) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def _coefficients(gram: Sequence[Sequence[float]], order: Sequence[Iterable[int]] | None, divisor: int) -> list[float]:
     if not all(math.isfinite(x) for row in gram for x in row):
         return [math.nan] * len(gram)
-    return [c / divisor for c in projected(gram, order)]
+    try:
+        return [c / divisor for c in projected(gram, order)]
+    except (ArithmeticError, ValueError):  # beyond the range of doubles on the way
+        return [math.nan] * len(gram)
 
 
 def _combined(inputs: Inputs, coefficients: Sequence[float], request: str | None, threads: int) -> torch.Tensor:
