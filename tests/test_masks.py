@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import mergekernels as mk
 import rounds_cases as rounds
 from mergekernels.engine.masks import compress, restore
 from mergekernels.engine.masks.layout import index_bytes
-from mergekernels.errors import ArgumentError, DataError, InputError, MergeError
+from mergekernels.errors import ArgumentError, DataError, InputError, MergeError, PlanError
 from test_engine_rounds import read
 
 NAMES = tuple(rounds.SHAPES)
@@ -188,6 +189,39 @@ def test_a_damaged_index_and_more_masks_than_models_are_refused(made: Path, tmp_
     (folder / "masks.json").write_bytes(index_bytes(data))
     with pytest.raises(InputError, match=r"more masks than models; expected 3 masks, one per model; got 4"):
         restore(folder, "0", tmp_path / "e")
+
+
+def test_an_index_whose_parts_do_not_fit_is_refused(made: Path, tmp_path: Path) -> None:
+    folder = copied(made, tmp_path / "m")
+    text = (folder / "masks.json").read_text()
+
+    def edited(edit: Callable[[dict[str, Any]], object]) -> None:
+        data = json.loads(text)
+        del data["masks_sha256"]
+        edit(data)
+        (folder / "masks.json").write_bytes(index_bytes(data))
+
+    for edit in (
+        lambda d: d.pop("base"),
+        lambda d: d.update(base="base"),
+        lambda d: d["experts"][0].update(scale=float("nan")),
+        lambda d: d["experts"][0].update(scale=10**400),
+        lambda d: d["experts"][0].update(scale=True),
+        lambda d: d["tensors"][0].pop("name"),
+        lambda d: d["tensors"][0].update(shape=["a"]),
+        lambda d: d["tensors"][0].update(base_sha256=5),
+        lambda d: d["tensors"][0].update(restored=["I64"] * 3),
+    ):
+        edited(edit)
+        with pytest.raises(InputError, match="the index of the masks is damaged"):
+            restore(folder, "0", tmp_path / "e")
+    (folder / "masks.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="the index of the masks is damaged"):
+        restore(folder, "0", tmp_path / "e")
+    edited(lambda d: d["tensors"].pop(0))
+    with pytest.raises(PlanError, match="that the index of the masks lacks"):
+        restore(folder, "0", tmp_path / "e")
+    assert not (tmp_path / "e").exists()
 
 
 def test_nonfinite_values_leave_nothing(tmp_path: Path) -> None:

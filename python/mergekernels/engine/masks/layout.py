@@ -18,7 +18,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def read_masks(root: Path) -> Masks:
         if not found or hashlib.sha256(head + b'""' + tail).hexdigest() != data["masks_sha256"]:
             raise ValueError("its digest is another")
         _check(path, data)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(
             f"the index of the masks is damaged: {error}", code="masks.index", file=str(path), expected=FORMAT
         ) from error
@@ -125,9 +125,17 @@ def _check(path: Path, data: Mapping[str, Any]) -> None:
                 expected=f"{count} masks, one per model",
                 got=str(masks),
             )
-        prod(tensor["shape"])
-        if any(dtype_of(d) is None for d in (tensor["dtype"], *tensor["restored"])):
+        if not all(type(size) is int and size >= 0 for size in tensor["shape"]):
+            raise ValueError(f"shape {tensor['shape']}")
+        if not all((found := dtype_of(d)) and found.is_float for d in (tensor["dtype"], *tensor["restored"])):
             raise ValueError("unknown dtype")
+        digests = (tensor["base_sha256"], tensor["vector_sha256"], *tensor["mask_sha256"])
+        if not all(isinstance(text, str) for text in (tensor["name"], *digests)):
+            raise TypeError("tensors")
     for expert in data["experts"]:
-        if not isinstance(expert["scale"], (int, float)) or not isinstance(expert["name"], str):
+        if type(expert["scale"]) not in (int, float) or not isfinite(expert["scale"]):
+            raise ValueError(f"scale {expert['scale']}")
+        if not isinstance(expert["name"], str):
             raise TypeError("experts")
+    if not all(isinstance(data["base"][key], str) for key in ("label", "path")):
+        raise TypeError("base")

@@ -145,6 +145,17 @@ def _merge(masks: Masks, number: int, base: str | PathLike[str] | None) -> Resol
 def _check_headers(masks: Masks, number: int, inputs: tuple[Checkpoint, ...]) -> None:
     """Refuses a base, a vector or a mask with other tensors than the index says."""
     problems = []
+    known = {t["name"] for t in masks.data["tensors"]}
+    for what, checkpoint in zip(("vector", "mask"), inputs[1:], strict=True):
+        for name in sorted({*checkpoint.tensors} - known):
+            problems.append(
+                InputError(
+                    f"the {what} has a tensor that the index of the masks lacks",
+                    code=f"masks.{what}",
+                    tensor=name,
+                    file=str(checkpoint.path),
+                )
+            )
     for entry in masks.data["tensors"]:
         name, shape = entry["name"], tuple(entry["shape"])
         expected = ((shape, None), (shape, entry["dtype"]), ((-(-prod(shape) // 8),), "U8"))
