@@ -775,3 +775,11 @@ def test_the_public_names_stay_functions():
 
     assert callable(room.resolve)
     assert callable(room.load_recipe)
+
+
+def test_a_dialect_of_another_method_is_one_problem(here):
+    for name in ("fusionbench", "papr"):
+        with pytest.raises(PlanError) as caught:
+            merge_of(TIES + f"dialect: {name}\n")
+        assert [p.code for p in caught.value.problems] == ["recipe.value"]
+        assert f"ties has no dialect '{name}'; expected one of default, paper, peft" in str(caught.value.problems[0])

@@ -225,7 +225,7 @@ class Assembler:
         if not complete:
             return None
         key = tuple(params.values())
-        if key not in self._checked:
+        if key not in self._checked and self.dialect in self.method.info.dialects:  # another one is a problem noted
             self._checked.add(key)
             for sentence in self.method.check(params, self.dialect, self.nan):
                 error = RecipeError(
