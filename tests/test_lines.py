@@ -180,3 +180,16 @@ def test_modified_description() -> None:
     assert info.name == "ties + lines"
     assert [p.name for p in info.params][-3:] == ["lines.alpha", "lines.beta", "lines.blocks"]
     assert modified(get("ties"), []) is get("ties")
+
+
+@pytest.mark.parametrize("pattern", [r"nothere\.(\d+)", "(l)ayers", r"layers\.(x)?"])
+def test_a_pattern_that_finds_no_block_is_refused(pattern: str) -> None:
+    base = {"model.layers.0.w": torch.zeros(4), "model.layers.1.w": torch.zeros(4)}
+    with pytest.raises(mk.MergeError, match=r"no tensor is in a block.*captures none.*'model.layers.0.w'"):
+        mk.merge_state_dicts(
+            [{k: v + 1 for k, v in base.items()}],
+            "task_arithmetic",
+            base=base,
+            weights=1.0,
+            then=[("lines", {"alpha": 0.2, "blocks": pattern})],
+        )

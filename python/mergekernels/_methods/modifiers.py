@@ -86,8 +86,23 @@ def read_then(then: Then) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def blocks_of(params: Mapping[str, Any], names: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """The layer blocks of a model's tensors for `Spec.block`: by the pattern of a modifier, else by their names."""
-    return number_blocks(names, params.get("lines.blocks"))
+    """The layer blocks of a model's tensors for `Spec.block`: by the pattern of a modifier, else by their names.
+
+    Raises
+    ------
+    ArgumentError : the pattern finds a block in none of the names.
+    """
+    names = list(names)
+    pattern = params.get("lines.blocks")
+    found = number_blocks(names, pattern)
+    if pattern is not None and names and not found:
+        raise ArgumentError(
+            "lines: no tensor is in a block",
+            code="modifier.blocks",
+            expected="a pattern whose group captures the number of a block in the names of some tensors",
+            got=f"{pattern!r}, which captures none, in names such as '{names[0]}'",
+        )
+    return found
 
 
 def modified(method: Method, names: Sequence[str]) -> Method:
