@@ -64,7 +64,7 @@ def test_overflow_of_the_output(tmp_path: Path) -> None:
     root = tmp_path / "family"
     make(root, {"tuned1": {MLP: poisoned(MLP, 9, 1e6, 1)}})
     path = cases.recipe(root, "linear", parameters={"weight": 1.0}, dtype="float32", out_dtype="float16")
-    with pytest.raises(DataError, match="1 results do not fit in float16, the first at flat index 9"):
+    with pytest.raises(DataError, match="1 results do not fit in float16, or are NaN, the first at flat index 9"):
         cases.run_of(path, tmp_path / "out")
 
 

@@ -183,7 +183,7 @@ class OpenTensor:
         """The error for NaN or Inf in a source, or (None) for overflow in the output."""
         if source is None:
             return DataError(
-                f"{count} results do not fit in {self.tensor.dtype}, the first at flat index {first}",
+                f"{count} results do not fit in {self.tensor.dtype}, or are NaN, the first at flat index {first}",
                 code="data.overflow",
                 tensor=self.tensor.name,
                 expected="finite results",
