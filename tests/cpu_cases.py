@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import struct
 
+import pytest
 import torch
 
 from mergekernels import _cpu
@@ -15,7 +16,9 @@ from mergekernels.ops.program import Program
 from mergekernels.ops.sweeps import Sweep
 from mergekernels.tensors import BF16, CANONICAL_BLOCK, F16, F32, F64, DType, Piece, TensorView
 
-ISAS = _cpu.isas()
+# For fixtures. The golden digests hold every instruction set to the same bits; in the long suites the best one runs
+# always, the others with the slow tests.
+ISAS = [pytest.param(name, marks=[pytest.mark.slow] if i else []) for i, name in enumerate(_cpu.isas())]
 DTYPES = {"bf16": BF16, "fp16": F16, "fp32": F32, "fp64": F64}
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 GUARD = 64

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from cpu_cases import ISAS
 from feature_cases import (
     MarkCase,
     ProgramCase,
@@ -18,11 +19,10 @@ from feature_cases import (
     program_cases,
     reduce_cases,
 )
-from mergekernels import _cpu
 from mergekernels._backends import cpu
 
 
-@pytest.fixture(autouse=True, params=_cpu.isas())
+@pytest.fixture(autouse=True, params=ISAS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("MERGEKERNELS_CPU_ISA", request.param)
     yield request.param
