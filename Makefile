@@ -6,12 +6,13 @@ VENV ?= .venv
 RUN := $(VENV)/bin/
 NATIVE := $(wildcard csrc/*.* csrc/*/*) pyproject.toml
 
-.PHONY: help demo docs test test-slow test-peers lint format wheel-test bench clean
+.PHONY: help demo docs test test-slow test-exhaustive test-peers lint format wheel-test bench clean
 
 help:
 	@echo "make demo        train small networks, merge them with the command line, compare"
 	@echo "make test        the tests"
 	@echo "make test-slow   ahead-of-time compilation of every GPU kernel, long sweeps of faults"
+	@echo "make test-exhaustive  every case of the Triton kernels under the interpreter, about an hour"
 	@echo "make test-peers  agreement with mergekit, installed into a folder of its own"
 	@echo "make docs        docs/methods.md from the descriptions of the methods"
 	@echo "make lint        formatting, style and types"
@@ -36,12 +37,15 @@ demo: $(VENV)/.built
 
 # Triton decides at import between its interpreter and its compiler: one process each.
 test: $(VENV)/.built
-	$(RUN)pytest -q -m "not slow and not peer"
-	TRITON_INTERPRET=1 $(RUN)pytest -q -m "not slow" tests/interpreter
+	$(RUN)pytest -q -m "not slow and not peer and not exhaustive"
+	TRITON_INTERPRET=1 $(RUN)pytest -q -m "not slow and not exhaustive" tests/interpreter
 
 test-slow: $(VENV)/.built
 	$(RUN)pytest -q -m slow
 	TRITON_INTERPRET=1 $(RUN)pytest -q -m slow tests/interpreter
+
+test-exhaustive: $(VENV)/.built
+	TRITON_INTERPRET=1 $(RUN)pytest -q -m exhaustive tests/interpreter
 
 test-peers: $(VENV)/.built
 	bash benchmarks/make_peer_env.sh $(VENV)-peer

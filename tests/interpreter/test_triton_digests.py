@@ -17,8 +17,26 @@ from method_cases import CASES
 QUICK = ("linear", "ties", "sce", "magmax", "arcee_fusion", "model_stock-rows", "nuslerp-columns")
 
 
-# All of them take minutes.
-@pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in QUICK else [pytest.mark.slow]) for c in CASES])
+# Each of these has a rule, vote, merge or sum that the others have not; the rest take minutes more.
+SLOW = (
+    "dare_ties",
+    "della",
+    "breadcrumbs-paper",
+    "pcb",
+    "ramplus_tl",
+    "emr",
+    "consensus",
+    "nearswap",
+    "fisher",
+    "lines",
+)
+
+
+def _marks(case: str) -> list[pytest.MarkDecorator]:
+    return [] if case in QUICK else [pytest.mark.slow if case in SLOW else pytest.mark.exhaustive]
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=_marks(c)) for c in CASES])
 def test_digest(case: str) -> None:
     dtype = list(DTYPES)[list(CASES).index(case) % len(DTYPES)]
     assert merged(case, dtype, backend="triton") == GOLDEN[case][dtype]

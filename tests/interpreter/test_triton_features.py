@@ -1,6 +1,6 @@
 """Every feature of the Triton kernels under Triton's interpreter, bit for bit against the reference.
 
-Some cases of each kind run always, the rest are `slow`.
+Some cases of each kind run always, the rest are `exhaustive`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ LARGEST = 9000
 
 
 def some(found: Sequence[Any], step: int, first: int = 0) -> pytest.MarkDecorator:
-    """One case in `step` as an ordinary test, the others as slow ones."""
+    """One case in `step` as an ordinary test, the others as exhaustive ones."""
     params = [
-        pytest.param(case, id=cases.by_name(case), marks=[] if i % step == first else pytest.mark.slow)
+        pytest.param(case, id=cases.by_name(case), marks=[] if i % step == first else pytest.mark.exhaustive)
         for i, case in enumerate(found)
     ]
     return pytest.mark.parametrize("case", params)
