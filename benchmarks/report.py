@@ -64,6 +64,10 @@ def merge_table(section: dict[str, Any]) -> list[str]:
                     f"{method} against mergekit in {dtype} {100 * c['elements_differing'] / elements:.3g} % "
                     f"(largest relative error of a tensor {c['largest_relative_error']:.1e})"
                 )
+    commits: dict[str, list[str]] = {}
+    for method, result in section["recipes"].items():
+        commits.setdefault(result["commit"], []).append(method)
+    lines += ["", "Commits: " + "; ".join(f"{c} for {', '.join(methods)}" for c, methods in commits.items()) + "."]
     starts = ", ".join(f"`{name}` {run['wall_s']:.2f} s" for name, run in section["start"].items())
     lines += ["", f"Starting alone: {starts}."]
     if outputs:
