@@ -16,6 +16,7 @@ from mergekernels._methods.common import weight_sum
 from mergekernels._methods.protocol import Coeffs, Param, Spec
 from mergekernels.errors import ArgumentError, MergeError
 from mergekernels.ops import Keep, Program
+from mergekernels.ops.keep import Marked
 from mergekernels.ops.output import check_out_dtype
 from mergekernels.ops.selection import Scope
 from mergekernels.tensors import F32, F64, DType
@@ -328,6 +329,18 @@ def test_numbers_of_other_libraries() -> None:
     for value in (np.float32(0.5), np.float64(0.5)):
         assert type(convert(DENSITY, value)) is float
     assert convert(COUNT, np.int32(7)) == 7
+
+
+def test_stream_takes_importances_after_the_models() -> None:
+    program = Program((1.0, 3.0), (None, None), base=False, merge="importance")
+    x, y = torch.tensor([2.0, 2.0]), torch.tensor([6.0, 6.0])
+    got = ops.stream([x, y, torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0])], program)
+    assert got.tolist() == [5.0, 4.0]
+    assert "expected 4 models and no base; got 2 models" in said(ops.stream, [x, y], program)
+
+
+def test_stream_refuses_marks() -> None:
+    assert said(ops.stream, [X], Program((1.0,), (Marked(),), base=False)).startswith("stream takes no marks")
 
 
 def test_nearest_choice_of_a_library_call() -> None:

@@ -107,7 +107,8 @@ def stream(
 
     Parameters
     ----------
-    models : tensors of one shape, as many as the program has weights. base : needed iff program.base.
+    models : tensors of one shape, as many as the program has weights; with merge "importance" as many importances
+        follow. base : needed iff program.base.
     out, out_dtype : where the result goes, or its dtype (default: the promoted dtype of the inputs); bfloat16, float16,
         float32 or float64.
     name : the tensor's name, for messages. nan : "error" refuses NaN, Inf and overflow; "propagate" lets them through.
@@ -135,13 +136,17 @@ def stream(
                 "out is not usable", code="out", tensor=name, expected="a tensor", got=type(out).__name__
             )
         check_out_dtype(out.dtype, name, "the dtype of out")
-    if (base is not None) != program.base or len(models) != len(program.weights):
+    if (base is not None) != program.base or len(models) != program.num_inputs:
         raise ArgumentError(
             "the inputs do not fit the program",
             code="stream.inputs",
             tensor=name,
-            expected=f"{len(program.weights)} models and {'a' if program.base else 'no'} base",
+            expected=f"{program.num_inputs} models and {'a' if program.base else 'no'} base",
             got=f"{len(models)} models and {'no' if base is None else 'a'} base",
+        )
+    if "marked" in program.features:
+        raise ArgumentError(
+            "stream takes no marks", code="stream.marks", tensor=name, expected="rules other than Marked", got="Marked"
         )
     inputs = gather(models, base, name, 0)
     if inputs.sharded:
