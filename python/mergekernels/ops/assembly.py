@@ -49,7 +49,8 @@ def parts(inputs: Inputs, align: int) -> Iterator[Part]:
     """The tensor in flat parts that begin at multiples of `align` elements and end there or with the tensor."""
     inputs = inputs.cut(align)
     pieces = inputs.pieces
-    if all(_is_flat(p) and p.g0 % align == 0 and (p.numel % align == 0 or p.g0 + p.numel == inputs.n) for p in pieces):
+    # Flat pieces follow one another: where all begin at multiples, all but the last end there.
+    if all(_is_flat(p) and p.g0 % align == 0 for p in pieces):
         for shard, piece in enumerate(pieces):
             if piece.numel:
                 base, models = inputs.views(shard)
