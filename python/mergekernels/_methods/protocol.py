@@ -75,7 +75,7 @@ class MethodInfo:
     companions : name of the parameter that names, for each model, a second model of weights for its entries ("" for
     none). modifiable : its result is base plus a task vector, which modifiers (`then:`) may scale.
     min_models, max_models : number of non-base models (of inputs for base = "input").
-    tier : exactness, "T0" or "T1".
+    tier : exactness, "T0", "T1" or "T2". takes : what it merges; methods of adapters are a name space of their own.
     """
 
     name: str
@@ -92,6 +92,7 @@ class MethodInfo:
     tier: str = "T0"
     companions: str = ""
     modifiable: bool = False
+    takes: tuple[Literal["models", "adapters"], ...] = ("models",)
 
 
 @dataclass(frozen=True)
