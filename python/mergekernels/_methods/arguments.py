@@ -8,9 +8,10 @@ from numbers import Integral, Real
 from typing import Any, Literal
 
 from ..errors import ArgumentError, nearest
-from .protocol import REQUIRED, Method, Param
+from .matrix import MatrixMethod
+from .protocol import REQUIRED, Method, MethodInfo, Param
 
-__all__ = ["Unusable", "bind", "convert", "default_of"]
+__all__ = ["Unusable", "bind", "bind_matrix", "convert", "default_of"]
 
 
 class Unusable(Exception):
@@ -97,7 +98,40 @@ def bind(
     ------
     ArgumentError : unknown or missing parameter, wrong type, number out of range, wrong count, impossible combination.
     """
+    params = _bound(method.info, arguments, num_models, dialect)
+    _refuse(method.info, method.check(params, dialect, nan), name)
+    return params
+
+
+def bind_matrix(
+    method: MatrixMethod, arguments: Mapping[str, Any], num_models: int, dialect: str, name: str = ""
+) -> dict[str, Any]:
+    """As `bind`, for a method over matrices.
+
+    Raises
+    ------
+    ArgumentError : as `bind`; also too few or too many models.
+    """
     info = method.info
+    if not info.min_models <= num_models <= info.max_models:
+        low, high = info.min_models, info.max_models
+        raise ArgumentError(
+            f"{info.name} cannot merge this many {' or '.join(info.takes)}",
+            code="models.count",
+            expected=str(low) if low == high else f"{low} to {high}",
+            got=str(num_models),
+        )
+    params = _bound(info, arguments, num_models, dialect)
+    _refuse(info, method.check(params, dialect), name)
+    return params
+
+
+def _refuse(info: MethodInfo, problems: Sequence[str], name: str) -> None:
+    if problems:
+        raise ArgumentError(f"{info.name}: {'; '.join(problems)}", code="parameter.combination", tensor=name or None)
+
+
+def _bound(info: MethodInfo, arguments: Mapping[str, Any], num_models: int, dialect: str) -> dict[str, Any]:
     if not isinstance(dialect, str) or dialect not in info.dialects:
         raise ArgumentError(
             f"{info.name} has no dialect {dialect!r}",
@@ -116,13 +150,7 @@ def bind(
                 got=keyword,
                 hint=nearest(keyword, known),
             )
-    params = {
-        p.name: _value(p, info.name, arguments.get(p.keyword, REQUIRED), num_models, dialect) for p in info.params
-    }
-    problems = method.check(params, dialect, nan)
-    if problems:
-        raise ArgumentError(f"{info.name}: {'; '.join(problems)}", code="parameter.combination", tensor=name or None)
-    return params
+    return {p.name: _value(p, info.name, arguments.get(p.keyword, REQUIRED), num_models, dialect) for p in info.params}
 
 
 def _value(param: Param, method: str, given: Any, num_models: int, dialect: str) -> Any:

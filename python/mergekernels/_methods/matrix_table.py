@@ -1,0 +1,44 @@
+"""The methods over matrices. Each is one file; this table is all that knows their names.
+
+Methods of models and methods of adapters are two name spaces: `ties` of adapters is not `ties` of models.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ..errors import ArgumentError, nearest
+from .adapters.cat import Cat
+from .matrix import MatrixMethod
+
+__all__ = ["get_matrix", "matrix_names"]
+
+# One line per method, in the order in which lists show them.
+_ALL: tuple[MatrixMethod, ...] = (
+    Cat(),
+)  # fmt: skip
+
+
+def matrix_names(takes: Literal["models", "adapters"]) -> list[str]:
+    """The names of the methods over matrices that merge `takes`."""
+    return [m.info.name for m in _ALL if takes in m.info.takes]
+
+
+def get_matrix(name: str, takes: Literal["models", "adapters"]) -> MatrixMethod:
+    """The method over matrices called `name` that merges `takes`.
+
+    Raises
+    ------
+    ArgumentError : there is none; the message lists all and the nearest.
+    """
+    for method in _ALL:
+        if method.info.name == name and takes in method.info.takes:
+            return method
+    known = matrix_names(takes)
+    raise ArgumentError(
+        f"unknown method for {takes}",
+        code="method.unknown",
+        expected="one of " + ", ".join(known),
+        got=repr(name),
+        hint=nearest(name, known) if isinstance(name, str) else None,
+    )

@@ -1,0 +1,1 @@
+"""Methods over the matrices of full models, or of models and adapters, one file each: see `matrix_table`."""
