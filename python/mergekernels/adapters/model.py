@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Union
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ Delta = Union["torch.Tensor", Factors]
 """A task vector's matrix: dense (m, n), or in factors."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Site:
     """Where a low-rank matrix belongs in the base.
 
@@ -87,7 +88,7 @@ class Site:
         return weight.reshape(self.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Module:
     """One adapted module: read lazily.
 
@@ -123,7 +124,8 @@ class Adapter:
     label : what errors and reports call it (its path, or "adapter 0"). base : name of its base model as written in its
     config, "" if absent. modules : module path -> Module, in name order. extras : full tensors it replaces
     (modules_to_save), base tensor name -> loader. config : its config as read ({} where the format has none).
-    form : "peft", "kohya", "diffusers" or "memory". path : folder or file, "" in memory. sha256 : of its weights file.
+    form : "peft", "kohya", "diffusers" or "memory". path : folder or file, "" in memory. notes : sentences about what
+    was read, for a report. digest : computes `sha256`.
     """
 
     label: str
@@ -133,4 +135,10 @@ class Adapter:
     config: Mapping[str, Any] = field(default_factory=dict)
     form: str = "memory"
     path: str = ""
-    sha256: str = ""
+    notes: tuple[str, ...] = ()
+    digest: Callable[[], str] | None = None
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of its weights file, "" in memory. Reads the whole file on first use."""
+        return self.digest() if self.digest is not None else ""
