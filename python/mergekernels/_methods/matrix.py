@@ -3,20 +3,22 @@
 Such methods need whole matrices (or factors) and run on torch. Their drivers are the library call, the engine and
 `merge_adapters`; all three do the same::
 
-    state = None
-    if method.scope(params, dialect) == "model":
-        state = method.resolve(params, {name: method.measure(spec, deltas) for every module})
+    state = measured_state(method, params, dialect, measure)
     merged = method.merge(spec, deltas, state)      # for every module
     weight = base + lambda * merged.delta           # the driver's
 
+`measured_state` measures all modules where the method asks for it, as often as it asks: `measure(state)` is the
+driver's function that calls `method.measure(spec, deltas, state)` for every module.
+
 A driver flattens tensors of three and more dimensions to (dim 0, rest), gives a one-dimensional tensor the mean of its
-task vectors, folds an adapter's alpha into its factors, and refuses NaN and Inf before it calls a method.
+task vectors, folds an adapter's alpha into its factors, and refuses NaN and Inf before it calls a method. `folds_scale`
+says whether the method wants alpha folded: it may have a parameter `fold_scale`.
 Nothing here imports torch, so that descriptions can be listed without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -25,7 +27,7 @@ from .protocol import MethodInfo
 if TYPE_CHECKING:
     from ..adapters.model import Delta
 
-__all__ = ["MatrixMethod", "MatrixSpec", "Merged"]
+__all__ = ["Again", "MatrixMethod", "MatrixSpec", "Merged", "folds_scale", "measured_state"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class Merged:
     warnings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Again:
+    """A state with which every module is to be measured once more, before any is merged. Methods derive from it."""
+
+
 class MatrixMethod(Protocol):
     """A method over matrices. Stateless; every function is pure.
 
@@ -77,14 +84,41 @@ class MatrixMethod(Protocol):
         """Whether modules can be merged one by one, or all must be measured first."""
         ...
 
-    def measure(self, spec: MatrixSpec, deltas: Sequence[Delta]) -> Any:
-        """Scope "model": what `resolve` needs to know of this module; small."""
+    def measure(self, spec: MatrixSpec, deltas: Sequence[Delta], state: Any = None) -> Any:
+        """Scope "model": what `resolve` needs to know of this module; small.
+
+        state : None the first time, then the `Again` that `resolve` returned.
+        """
         ...
 
-    def resolve(self, params: Mapping[str, Any], measured: Mapping[str, Any]) -> Any:
-        """Scope "model": the state that `merge` of every module gets, from all measurements by name."""
+    def resolve(self, params: Mapping[str, Any], measured: Mapping[str, Any], state: Any = None) -> Any:
+        """Scope "model": the state that `merge` of every module gets, from all measurements by name; or an `Again`.
+
+        state : what `measure` got.
+        """
         ...
 
     def merge(self, spec: MatrixSpec, deltas: Sequence[Delta], state: Any = None) -> Merged:
         """The merged task vector of one module."""
         ...
+
+
+def measured_state(
+    method: MatrixMethod, params: Mapping[str, Any], dialect: str, measure: Callable[[Any], Mapping[str, Any]]
+) -> Any:
+    """The state with which `method` merges every module; None in scope "tensor".
+
+    measure : from a state to the measurements of all modules by name. Called as often as the method asks.
+    """
+    if method.scope(params, dialect) == "tensor":
+        return None
+    state = method.resolve(params, measure(None), None)
+    while isinstance(state, Again):
+        state = method.resolve(params, measure(state), state)
+    return state
+
+
+def folds_scale(params: Mapping[str, Any], dialect: str) -> bool:
+    """Whether a driver folds alpha / r into the factors that it hands to the method."""
+    asked = params.get("fold_scale")
+    return dialect != "code" if asked is None else bool(asked)

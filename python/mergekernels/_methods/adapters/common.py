@@ -13,12 +13,20 @@ from ..protocol import MethodInfo, Param
 if TYPE_CHECKING:
     from ...adapters.model import Delta
 
-__all__ = ["LAMBDA", "MANY", "WEIGHT", "PerModule"]
+__all__ = ["FOLD_SCALE", "LAMBDA", "MANY", "WEIGHT", "PerModule"]
 
 MANY = 1 << 20
 """max_models of methods that have no limit of their own."""
 
 WEIGHT = Param("weight", "float", "weight of each adapter", python="weights", per_model=True, default=1.0)
+
+FOLD_SCALE = Param(
+    "fold_scale",
+    "bool",
+    "multiply each adapter by its alpha / r (rsLoRA: alpha / sqrt(r)); true, in the dialect code, which ignores it, "
+    "false",
+    default=None,
+)
 
 
 class PerModule(ABC):
@@ -34,11 +42,11 @@ class PerModule(ABC):
         """One module at a time."""
         return "tensor"
 
-    def measure(self, spec: MatrixSpec, deltas: Sequence[Delta]) -> Any:
+    def measure(self, spec: MatrixSpec, deltas: Sequence[Delta], state: Any = None) -> Any:
         """Never called: nothing is measured."""
         return None
 
-    def resolve(self, params: Mapping[str, Any], measured: Mapping[str, Any]) -> Any:
+    def resolve(self, params: Mapping[str, Any], measured: Mapping[str, Any], state: Any = None) -> Any:
         """Never called: nothing is measured."""
         return None
 
