@@ -65,13 +65,15 @@ void bind_passes(py::module_& m) {
       "reduce",
       [](const py::dict& program, const std::vector<int>& quantities, mk::BlockSums& sums, const PieceTuple& piece,
          const std::optional<ViewTuple>& base, const std::vector<ViewTuple>& models, int compute, int threads,
-         const std::string& isa) {
+         const std::string& isa, const Marks& kept) {
         const Bound bound(program, piece, base, models, {}, compute, threads, isa);
+        std::vector<std::uint8_t*> bits;
+        for (const auto& v : kept) bits.push_back(v ? Bound::bits_of(*v, bound.inputs.piece) : nullptr);
         const py::gil_scoped_release release;
-        mk::reduce(bound.inputs, quantities, &sums);
+        mk::reduce(bound.inputs, quantities, &sums, bits);
       },
       py::arg("program"), py::arg("quantities"), py::arg("sums"), py::arg("piece"), py::arg("base"), py::arg("models"),
-      py::arg("compute"), py::arg("threads"), py::arg("isa"));
+      py::arg("compute"), py::arg("threads"), py::arg("isa"), py::arg("kept") = Marks{});
   m.def(
       "mark",
       [](const py::dict& program, int kind, const PieceTuple& piece, const std::optional<ViewTuple>& base,

@@ -25,10 +25,12 @@ from feature_sums import (
     ReduceCase,
     check_divergence,
     check_gram,
+    check_kept,
     check_reduce,
     divergence_cases,
     gram_cases,
     gram_sums,
+    kept_cases,
     reduce_cases,
 )
 from feature_sweeps import SweepCase, check_sweep, sweep_cases
@@ -44,6 +46,7 @@ __all__ = [
     "by_name",
     "check_divergence",
     "check_gram",
+    "check_kept",
     "check_mark",
     "check_program",
     "check_reduce",
@@ -51,6 +54,7 @@ __all__ = [
     "divergence_cases",
     "gram_cases",
     "gram_sums",
+    "kept_cases",
     "mark_cases",
     "program_cases",
     "reduce_cases",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -27,9 +27,11 @@ from feature_streams import ProgramCase, program_cases
 from gpu_matrix import inputs, values
 from mergekernels import _cpu
 from mergekernels._backends import reference
-from mergekernels.ops.keep import Marked
+from mergekernels.ops.keep import Marked, RankDraw
 from mergekernels.ops.sums import QUANTITIES, Gram, Reduce, Segments
 from mergekernels.tensors import CANONICAL_BLOCK, DType, Piece, compute_dtype
+
+Bits = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,8 +147,12 @@ def reduce_cases(count: int = 60, largest: int = 70000) -> tuple[ReduceCase, ...
     return tuple(found)
 
 
-def _run_reduce(backend: Any, case: ReduceCase, device: str, threads: int, cut: Cut) -> list[list[str]]:
+def _run_reduce(backend: Any, case: ReduceCase, device: str, threads: int, cut: Cut) -> tuple[list[list[str]], Bits]:
+    """The sums, and per model the packed bits of what it keeps (() from a backend that does not write them)."""
     inner = case.program
+    marking = "reduce:kept" in backend.FEATURES and not inner.program.copy
+    bits = tuple(torch.zeros(-(-inner.piece.numel // 8), dtype=torch.uint8) for _ in range(marking * len(inner.models)))
+    bits = bits[: len(inner.program.weights)]
     slots = case.request.num_slots(len(inner.program.weights))
     casts = inner.casts or (None,) * (len(inner.models) + 1)
     sums = _cpu.BlockSums(slots, 1, inner.piece.numel)
@@ -154,20 +160,61 @@ def _run_reduce(backend: Any, case: ReduceCase, device: str, threads: int, cut: 
         span = slice(part.g0, part.g0 + part.numel)
         views = [view_on(x[span], device, inner.strided, c) for x, c in zip(inner.models, casts[1:], strict=False)]
         base = None if inner.base is None else view_on(inner.base[span], device, inner.strided, casts[0])
-        backend.reduce(inner.program, case.request, sums, part, base, views, compute=inner.compute, threads=threads)
-    return folded_bits(sums, slots)
+        at = slice(part.g0 // 8, -(-(part.g0 + part.numel) // 8))
+        kept = {"kept": [plain_view(b[at], device) for b in bits]} if marking else {}
+        backend.reduce(
+            inner.program, case.request, sums, part, base, views, compute=inner.compute, threads=threads, **kept
+        )
+    return folded_bits(sums, slots), bits
+
+
+def kept_cases() -> tuple[ReduceCase, ...]:
+    """The cases whose program only selects: marks say all that its rules do."""
+    programs = [(c, c.program.program) for c in reduce_cases()]
+    return tuple(c for c, p in programs if not p.copy and not any(isinstance(k, RankDraw) and k.divide for k in p.keep))
 
 
 @cache
-def _expected_reduce(case: ReduceCase) -> list[list[str]]:
+def _expected_reduce(case: ReduceCase) -> tuple[list[list[str]], Bits]:
     return _run_reduce(reference, case, "cpu", 1, "whole")
 
 
 def check_reduce(
     backend: Any, case: ReduceCase, device: str = "cpu", *, threads: int = 1, pieces: Cut = "whole"
 ) -> None:
-    """Every sum is that of the reference."""
-    assert _run_reduce(backend, case, device, threads, pieces) == _expected_reduce(case)
+    """Every sum is that of the reference, and so is every bit of what is kept."""
+    sums, bits = _run_reduce(backend, case, device, threads, pieces)
+    expected, expected_bits = _expected_reduce(case)
+    assert sums == expected
+    assert all(map(torch.equal, bits, expected_bits))
+
+
+def check_kept(backend: Any, case: ReduceCase) -> None:
+    """A program that keeps by the bits of `reduce` writes what the program itself writes."""
+    inner = case.program
+    _, bits = _run_reduce(backend, case, "cpu", 1, "whole")
+    program = replace(inner.program, keep=(Marked(),) * len(bits), rows=None)
+    casts = inner.casts or (None,) * (len(inner.models) + 1)
+    views = [view_on(x, "cpu", inner.strided, c) for x, c in zip(inner.models, casts[1:], strict=False)]
+    base = None if inner.base is None else view_on(inner.base, "cpu", inner.strided, casts[0])
+    found = []
+    for chosen, marks in ((inner.program, ()), (program, [plain_view(b, "cpu") for b in bits])):
+        out = torch.zeros(inner.piece.numel, dtype=inner.models[0].dtype)
+        stats = _cpu.StreamStats(len(inner.models), -(-inner.piece.numel // CANONICAL_BLOCK))
+        backend.stream(
+            chosen,
+            inner.piece,
+            base,
+            views,
+            plain_view(out, "cpu"),
+            compute=inner.compute,
+            stats=stats,
+            threads=1,
+            marks=marks,
+        )
+        counts = [(stats.kept(m), stats.sum_squares(m).hex()) for m in range(len(inner.models))]
+        found.append((out.view(torch.uint8).tolist(), counts, stats.conflicts(), stats.votes()))
+    assert found[0] == found[1]
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,9 +12,11 @@ from feature_cases import (
     ProgramCase,
     ReduceCase,
     by_name,
+    check_kept,
     check_mark,
     check_program,
     check_reduce,
+    kept_cases,
     mark_cases,
     program_cases,
     reduce_cases,
@@ -51,3 +53,8 @@ def test_marks(case: MarkCase) -> None:
 def test_sums(case: ReduceCase) -> None:
     check_reduce(cpu, case, threads=1)
     check_reduce(cpu, case, threads=2, pieces="cut")
+
+
+@pytest.mark.parametrize("case", _here(kept_cases()), ids=by_name)
+def test_what_is_kept_replaces_the_rules(case: ReduceCase) -> None:
+    check_kept(cpu, case)

@@ -69,7 +69,7 @@ struct StreamArgs {
   int num_quantities, num_slots;
   double* sums;
   std::int64_t sum_stride;
-  // mark: bits of the piece
+  // mark: bits of the piece. reduce: where to write what a model keeps of numbers other than 0, or null
   int mark;
   std::uint8_t* bits[kMaxModels];
 };

@@ -62,7 +62,7 @@ void run_range(const Call& call, std::int64_t begin, std::int64_t end) {
     if (!ranked(p.keep[m])) continue;
     const auto k = static_cast<std::size_t>(m);
     ranks[k] = std::make_unique<RankWindow>(p, m, in.piece, (*in.models)[k], p.subtract ? in.base : nullptr, in.compute,
-                                            kRankRun, call.bits == nullptr, *in.kernels);
+                                            kRankRun, call.bits == nullptr || call.sums != nullptr, *in.kernels);
     ranking = true;
   }
 
@@ -185,8 +185,11 @@ void stream(const PassInputs& in, const View* out, StreamStats* stats) {
   run_pass({in, out, stats, block_sums, nullptr, 0, nullptr, 0, 0, nullptr, in.kernels->stream});
 }
 
-void reduce(const PassInputs& in, const std::vector<int>& quantities, BlockSums* sums) {
+void reduce(const PassInputs& in, const std::vector<int>& quantities, BlockSums* sums,
+            const std::vector<std::uint8_t*>& bits) {
   check_inputs(in);
+  if (!bits.empty() && (in.program->copy || static_cast<int>(bits.size()) != in.program->num_models))
+    throw std::invalid_argument("what is kept is written for each model of a program that does not copy");
   int num_slots = 0;
   for (const int quantity : quantities) {
     if (quantity < kAbs || quantity > kMergedAbs) throw std::invalid_argument("no such quantity");
@@ -202,7 +205,7 @@ void reduce(const PassInputs& in, const std::vector<int>& quantities, BlockSums*
   const std::int64_t last = first + (in.piece.rows * in.piece.cols - 1) / kCanonicalBlock;
   sums->at(0, 0, last);  // throws if it lies outside
   run_pass({in, nullptr, nullptr, nullptr, &quantities, num_slots, sums->at(0, 0, first), sums->blocks_per_segment(), 0,
-            nullptr, in.kernels->reduce});
+            bits.empty() ? nullptr : &bits, in.kernels->reduce});
 }
 
 void mark(const PassInputs& in, int kind, const std::vector<std::uint8_t*>& bits) {

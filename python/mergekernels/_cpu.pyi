@@ -196,8 +196,12 @@ def reduce(
     compute: int,
     threads: int,
     isa: str,
+    kept: list[View | None] = ...,
 ) -> None:
-    """Sums quantities (positions in ops.sums.QUANTITIES) of a flat piece of whole canonical blocks into the slots."""
+    """Sums quantities (positions in ops.sums.QUANTITIES) of a flat piece of whole canonical blocks into the slots.
+
+    kept : where to write the packed bits of what each model keeps and is not 0; [] or None for a model: nowhere.
+    """
 
 def mark(
     program: dict[str, Any],

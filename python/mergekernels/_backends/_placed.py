@@ -170,11 +170,19 @@ class Placed:
         *,
         compute: DType,
         threads: int,
+        kept: Sequence[TensorView | None] = (),
     ) -> None:
-        """See ops.sums.Reduce."""
+        """See dispatch.Backend."""
+        import torch
+
         with self._stream():
             base, models = self._load(base), self._load_all(models)
-            self.backend.reduce(program, request, sums, piece, base, models, compute=compute, threads=threads)
+            results = [None if v is None else torch.empty(v.shape, dtype=torch.uint8, device=self.device) for v in kept]
+            marks = {"kept": [None if x is None else view_of(x) for x in results]} if kept else {}
+            self.backend.reduce(program, request, sums, piece, base, models, compute=compute, threads=threads, **marks)
+            for target, result in zip(kept, results, strict=True):
+                if target is not None and result is not None:
+                    to_torch(target).copy_(result)
 
     def divergence(
         self,

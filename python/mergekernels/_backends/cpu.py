@@ -44,7 +44,8 @@ FEATURES = frozenset(
     {
         *("band", "draw", "rank", "marked", "joint", "importance_key", "factors", "table", "groups", "subtract"),
         *("anchor", "vote", "merge", "divisor", "alone", "limit", "useful", "balance", "importance", "divergence"),
-        *("key:variance", "key:importance", "key:balance", "gram", "reduce", "mark", "seg_dot", "concrete"),
+        *("key:variance", "key:importance", "key:balance", "gram", "reduce", "reduce:kept", "mark", "seg_dot"),
+        "concrete",
     }
 )
 """See dispatch.Backend."""
@@ -160,8 +161,9 @@ def reduce(
     *,
     compute: DType,
     threads: int,
+    kept: Sequence[TensorView | None] = (),
 ) -> None:
-    """See ops.sums.Reduce."""
+    """See ops.sums.Reduce and dispatch.Backend.reduce."""
     _cpu.reduce(
         _fields(program),
         [QUANTITIES.index(q) for q in request.quantities],
@@ -172,6 +174,7 @@ def reduce(
         compute.code,
         threads,
         isa(),
+        [None if v is None else as_tuple(v) for v in kept],
     )
 
 

@@ -35,7 +35,8 @@ class Backend(Protocol):
     """What a backend module offers.
 
     FEATURES : what it can do beyond points and the weighted vote: `Program.features`, keys of `Sweep` ("key:variance"),
-    the functions "gram", "reduce", "divergence", "mark", "seg_dot", and "concrete" (masks).
+    the functions "gram", "reduce", "divergence", "mark", "seg_dot", and "concrete" (masks); "reduce:kept" if its
+    `reduce` writes marks.
     """
 
     @property
@@ -125,8 +126,14 @@ class Backend(Protocol):
         *,
         compute: DType,
         threads: int,
+        kept: Sequence[TensorView | None] = (),
     ) -> None:
-        """See ops.sums.Reduce. Flat pieces of whole canonical blocks and of whole slabs of the program."""
+        """See ops.sums.Reduce. Flat pieces of whole canonical blocks and of whole slabs of the program.
+
+        kept : per model where to write one packed bit per element, whether the model keeps it and its delta is not 0
+        (uint8, as in `mark`), None for a model nowhere; () for none. A program that keeps by such marks, with the rule
+        `Marked`, gives the same bits as this one. Only where "reduce:kept" is among the features.
+        """
         ...
 
     def divergence(

@@ -25,11 +25,10 @@ _DIVISOR_FLOOR = 1e-6
 
 @dataclass(frozen=True)
 class _Energies(Coeffs):
-    """points: the one point on the variance, (None,) without a mask. counted: the positions that vary are counted.
-    weights: of the models, () while they are not known, None where an energy is not finite.
+    """points: the one point on the variance, (None,) without a mask. weights: of the models, () while they are not
+    known, None where an energy is not finite.
     """
 
-    counted: bool = False
     weights: tuple[float, ...] | None = ()
 
 
@@ -71,7 +70,7 @@ class Sce:
         base="required",
         modifiable=True,
         tier="T1",
-        passes="4 reads (count, select, energies, merge) and a sample, 1 write; with select_topk 1 two reads",
+        passes="3 reads (count and select, energies, merge) and a sample, 1 write; with select_topk 1 two reads",
         source="Wan et al. 2024, FuseChat, arXiv 2408.07990; mergekit merge_methods/sce.py; fanqiwan/FuseAI "
         "FuseChat/mergekit/mergekit/merge_methods/sce_merging.py",
         dialects={
@@ -97,15 +96,13 @@ class Sce:
         return "tensor"
 
     def start(self, spec: Spec) -> Round | Coeffs:
-        """Count the positions that vary, or go straight to the energies."""
+        """Look at a sample of the variances (at all of a small tensor), or go straight to the energies."""
         topk = spec.params["select_topk"]
         if spec.n == 0 or topk <= 0.0:
             return self._alike(spec, KEEP_NOTHING)
         if topk >= 1.0:
             return self._energies(_Energies((None,)))
-        # The sweep over all keys counts those above 0; nothing is sampled, since the count must be exact.
-        selection = replace(self._selection(spec, 1), sample=1.0)
-        return Round("select", "tensor", selection=selection, coeffs=_Energies())
+        return Round("select", "tensor", selection=self._selection(spec, 1), coeffs=_Energies())
 
     def resolve(self, spec: Spec, round_: Round, stats: Stats, visited: int) -> Round | Coeffs:
         """From the count to the selection, its point, the energies, the weights."""
@@ -114,21 +111,28 @@ class Sce:
             sums = cast(Sums, stats)
             return replace(coeffs, weights=_shares([sums.number(t) for t in range(spec.num_models)], spec))
         assert round_.selection is not None
-        found = cast("SweepStats", stats)
-        if not coeffs.counted:
-            k = int(spec.params["select_topk"] * found.inside(0))
+        selection, found = round_.selection, cast("SweepStats", stats)
+        if selection.sample < 1.0:
+            return replace(round_, selection=self._bracket(spec, selection, found, visited))
+        if coeffs.points == ():
+            k = int(spec.params["select_topk"] * (found.before(0) + found.inside(0)))
             if k == 0:
                 return self._alike(spec, KEEP_NOTHING)
-            coeffs = replace(coeffs, counted=True)
-            selection = self._selection(spec, k)
-            if selection.sample < 1.0:
-                return replace(round_, selection=selection, coeffs=coeffs)
-            selection = selection.advance(found, visited)
-        else:
-            selection = round_.selection.advance(found, visited)
+            selection = selection.ranked(k)
+            coeffs = replace(coeffs, points=(None,))
+        selection = selection.advance(found, visited)
         if not selection.done:
             return replace(round_, selection=selection, coeffs=coeffs)
-        return self._energies(replace(coeffs, points=selection.points))
+        return self._energies(replace(coeffs, points=selection.points[-1:]))
+
+    def _bracket(self, spec: Spec, sample: Selection, found: SweepStats, visited: int) -> Selection:
+        """One sweep that counts the positions that vary and looks for the point where the sample expects it.
+
+        The rank follows from the count, so that the sample's share of positions that vary stands in for it.
+        """
+        share = found.inside(0) / visited if visited else 0.0
+        k = int(spec.params["select_topk"] * share * spec.n)
+        return sample.ranked(min(max(k, 1), spec.n)).advance(found, visited).counted()
 
     def apply(self, spec: Spec, coeffs: Coeffs) -> Program:
         """The vote over the selected (paper: over all) positions; while the weights are unknown, the selection."""
@@ -162,7 +166,7 @@ class Sce:
 
     @staticmethod
     def _alike(spec: Spec, point: Keep) -> Coeffs:
-        return _Energies((point,), counted=True, weights=(1.0 / spec.num_models,) * spec.num_models)
+        return _Energies((point,), weights=(1.0 / spec.num_models,) * spec.num_models)
 
 
 def _shares(energies: list[float], spec: Spec) -> tuple[float, ...] | None:

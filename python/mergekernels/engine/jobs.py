@@ -12,6 +12,7 @@ from ..ops.program import Program
 from ..ops.sums import Sums
 from ..tensors import CANONICAL_BLOCK
 from .context import Context, OpenTensor, Worker
+from .keeping import Kept
 from .measure import Search, Shared, Sharing, measure_of, new_shared
 from .needs import Needs, is_sum, of_program, of_round, of_tensor
 from .passes import Measure, refuse
@@ -51,6 +52,7 @@ class MergeJob:
         self.tiles = 1
         self._measure: Measure | None = None
         self._doubtful: Folded | None = None
+        self._kept: Kept | None = None
         self._program: Program | None = None
         self._tiling: Tiling | None = None
         self._stats: StreamStats | None = None
@@ -65,13 +67,17 @@ class MergeJob:
     def _next_pass(self) -> None:
         method, spec, state = self._ctx.plan.method, self._spec, self._state
         if isinstance(state, Round):
-            shared = None
+            shared, room = None, self.granted - self.least
             if not is_sum(state):
-                shared = new_shared(state, self._source.num_models, self.granted - self.least, self._n)
-            self._begin(measure_of(self._ctx, self._source, spec, method, state, shared))
+                shared = new_shared(state, self._source.num_models, room, self._n)
+            elif state.op == "reduce" and state.coeffs is not None and not self._source.marks:
+                self._kept = Kept.of(self._ctx.backend, method.apply(spec, state.coeffs), self._n, room)
+            self._begin(measure_of(self._ctx, self._source, spec, method, state, shared, self._kept))
             return
         self._measure = None
         self._program = method.apply(spec, state)
+        if self._kept is not None:
+            self._program = self._kept.marked(self._program)
         require(self._ctx.backend, self._program.features)
         self._refuse_size(of_program(self._program, spec))
         self._tiling = flat(self._n, self._source.tile, slab_unit(self._program))
@@ -127,7 +133,7 @@ class MergeJob:
             compute=self._spec.compute,
             stats=self._stats,
             threads=1,
-            marks=source.load_marks(worker, piece),
+            marks=source.load_marks(worker, piece) if self._kept is None else self._kept.views(piece),
         )
         self._writer.put(worker, index, worker.tiles.out[: piece.numel * dtype.itemsize])
 
@@ -176,7 +182,7 @@ class MergeJob:
             "norms": [_norm(stats.sum_squares(m)) for m in models],
             "sign_conflicts": stats.conflicts() / n,
         }
-        self._stats = None
+        self._stats = self._kept = None
         self._writer.finish(self._ctx, statistics, warnings)
 
     def _look_at_values(self, stats: StreamStats) -> list[str]:

@@ -13,6 +13,7 @@ from ..ops.selection import SAMPLE_BLOCK, Selection
 from ..ops.sweeps import Sweep
 from ..tensors import Piece, TensorView
 from .context import Context, OpenTensor, Worker
+from .keeping import Kept
 from .memory import ENTRY_BYTES, MIN_ENTRIES
 from .needs import num_slots, of_round
 from .passes import Measure
@@ -142,9 +143,16 @@ class Search(Sharing):
 
 
 def measure_of(
-    ctx: Context, source: OpenTensor, spec: Spec, method: Method, round_: Round, shared: Shared | None
+    ctx: Context,
+    source: OpenTensor,
+    spec: Spec,
+    method: Method,
+    round_: Round,
+    shared: Shared | None,
+    kept: Kept | None = None,
 ) -> Measure:
-    """The pass for a round. shared : where it adds, for selections and votes.
+    """The pass for a round. shared : where it adds, for selections and votes. kept : where to leave what a program
+    keeps, for sums over one.
 
     Raises
     ------
@@ -166,4 +174,4 @@ def measure_of(
         assert isinstance(shared, StreamStats)
         return Search(ctx, source, spec, shared, program)
     assert round_.reduce is not None
-    return BlocksMeasure(ctx, source, spec, round_, slots, (program, round_.reduce))
+    return BlocksMeasure(ctx, source, spec, round_, slots, (program, round_.reduce), kept)

@@ -11,6 +11,7 @@ from ..ops.selection import Selection
 from ..ops.sums import Segments
 from ..ops.sweeps import NUM_BINS
 from ..tensors import CANONICAL_BLOCK
+from .keeping import kept_bytes
 from .memory import ENTRY_BYTES, MIN_ENTRIES, WAVE_COPIES
 from .tiling import least_of_gram, roomy_of_gram, slab_unit
 
@@ -83,10 +84,13 @@ def of_round(method: Method, spec: Spec, round_: Round, itemsize: int) -> Needs:
         tile, roomy = least_of_gram(segments, spec.n), roomy_of_gram(segments, spec.n, itemsize)
         return Needs(tile, roomy, size, features=frozenset({"gram"}))
     assert round_.coeffs is not None
-    program = of_program(method.apply(spec, round_.coeffs), spec)
+    program = method.apply(spec, round_.coeffs)
+    needs = of_program(program, spec)
     if round_.op == "votes":
-        return program
-    return Needs(program.tile, 0, size + program.statistics, features=program.features | {"reduce"})
+        return needs
+    # What it keeps can only wait for the writing pass of a tensor that is its own scope.
+    kept = kept_bytes(program, spec.n) if round_.scope == "tensor" else 0
+    return Needs(needs.tile, 0, size + needs.statistics, kept, needs.features | {"reduce"})
 
 
 def _of_selection(selection: Selection, spec: Spec) -> Needs:

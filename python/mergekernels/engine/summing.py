@@ -12,6 +12,7 @@ from .._methods.protocol import Round, Spec
 from ..ops.program import Program
 from ..ops.sums import Gram, Reduce
 from .context import Context, OpenTensor, Worker
+from .keeping import Kept
 from .needs import sum_segments
 from .passes import Measure
 from .tiling import Tiling, flat, gram_tiling, slab_unit
@@ -44,7 +45,7 @@ class SumsMeasure(Measure):
 
 
 class BlocksMeasure(SumsMeasure):
-    """Sums of a program, or dot products, in canonical blocks."""
+    """Sums of a program, or dot products, in canonical blocks. kept : where to leave what the program keeps."""
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class BlocksMeasure(SumsMeasure):
         round_: Round,
         slots: int,
         request: Gram | tuple[Program, Reduce],
+        kept: Kept | None = None,
     ) -> None:
         segments = sum_segments(spec, round_)
         if isinstance(request, Gram):
@@ -63,6 +65,7 @@ class BlocksMeasure(SumsMeasure):
         super().__init__(ctx, source, spec, tiling, slots)
         self._segments = segments
         self._request = request
+        self._kept = kept
         self._sums: BlockSums | None = None
 
     def begin(self) -> None:
@@ -80,7 +83,11 @@ class BlocksMeasure(SumsMeasure):
             return
         program, request = self._request
         base = base if program.base else None
-        backend.reduce(program, request, self._sums, piece, base, models, compute=compute, threads=1)
+        if self._kept is None:
+            backend.reduce(program, request, self._sums, piece, base, models, compute=compute, threads=1)
+            return
+        marks = self._kept.views(piece)
+        backend.reduce(program, request, self._sums, piece, base, models, compute=compute, threads=1, kept=marks)
 
     def finish(self) -> Folded:
         """The tree over the blocks of each segment."""

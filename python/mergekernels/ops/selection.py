@@ -45,7 +45,9 @@ class Scope:
 
 @dataclass(frozen=True)
 class Search:
-    """What is known about one point. model : whose entries are ranked. rank counts from 1 within the current stage."""
+    """What is known about one point. model : whose entries are ranked. rank counts from 1 within the current stage.
+    counts : see `Selection.counted`.
+    """
 
     k: int
     stage: Literal["key", "tie", "done"]
@@ -55,6 +57,7 @@ class Search:
     tau: int = 0
     keep: Keep | None = None
     model: int = 0
+    counts: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,21 @@ class Selection:
         order: Literal["hash", "index"] = "index" if self.policy == "index" else "hash"
         return Sweep(intervals, order, self.base, self.seed, self.key, self.rows, self.balance)
 
+    def ranked(self, k: int) -> Selection:
+        """This selection with another rank for every point whose stage is still its first, 1 <= k <= n."""
+        return replace(
+            self,
+            searches=tuple(s if s is None or s.stage != "key" else replace(s, k=k, rank=k) for s in self.searches),
+        )
+
+    def counted(self) -> Selection:
+        """This selection with a search before the others that only counts: its `before` and `inside` in the next sweep
+        add up to the keys above 0. It is done after that sweep.
+        """
+        first = self.searches[0]
+        assert first is not None
+        return replace(self, searches=(replace(first, lo=1, hi=1, counts=True), *self.searches))
+
     def advance(self, stats: SweepStats, visited: int) -> Selection:
         """The state after the pass `self.sweep`; `visited` is the number of elements it saw (fewer than n in a
         sample).
@@ -146,7 +164,9 @@ class Selection:
         for m, search in enumerate(searches):
             if search is None or search.stage == "done":
                 continue
-            if self.sample < 1.0:
+            if search.counts:
+                searches[m] = replace(search, stage="done")
+            elif self.sample < 1.0:
                 searches[m] = self._bracket(search, stats, m, visited)
             elif search.stage == "key":
                 searches[m] = self._key(search, stats, m)

@@ -72,14 +72,18 @@ def reduce(
     *,
     compute: DType,
     threads: int,
+    kept: Sequence[TensorView | None] = (),
 ) -> None:
-    """See ops.sums.Reduce. `threads` has no effect."""
+    """See ops.sums.Reduce and dispatch.Backend.reduce. `threads` has no effect."""
     steps = evaluate(program, piece, base, models, compute)
     slot = 0
     for name in request.quantities:
         for i, values in enumerate(_quantity(name, steps)):
             _add(sums, slot + i, Segments("tensor", 1, 0), steps.g, values)
         slot += Reduce((name,)).num_slots(len(program.weights))
+    for t, target in enumerate(kept):
+        if target is not None:
+            _pack(steps.masks[t] & (steps.deltas[t] != 0), target)
 
 
 def _quantity(name: str, steps: Steps) -> list[torch.Tensor]:
@@ -129,10 +133,15 @@ def mark(
         )
     found = {"kept": steps.masks, "agreeing": steps.merged.agree, "useful": useful or []}[kind]
     for bits, view in zip(found, marks, strict=True):
-        padded = bits.new_zeros(-(-bits.numel() // 8) * 8, dtype=torch.int64)
-        padded[: bits.numel()] = bits.to(torch.int64)
-        places = torch.arange(8, device=bits.device)
-        to_torch(view).copy_((padded.view(-1, 8) << places).sum(1).to(torch.uint8).reshape(view.shape))
+        _pack(bits, view)
+
+
+def _pack(bits: torch.Tensor, view: TensorView) -> None:
+    """One bit per element, the first in bit 0 of the first byte."""
+    padded = bits.new_zeros(-(-bits.numel() // 8) * 8, dtype=torch.int64)
+    padded[: bits.numel()] = bits.to(torch.int64)
+    places = torch.arange(8, device=bits.device)
+    to_torch(view).copy_((padded.view(-1, 8) << places).sum(1).to(torch.uint8).reshape(view.shape))
 
 
 def divergence(
