@@ -1,0 +1,58 @@
+"""Tiles of products of factors, generated when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from ...adapters.model import Factors
+from ...errors import ArgumentError
+from .stacking import stack
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["FactorTiles"]
+
+BLOCK = 512  # products are always formed in the same blocks, so that a tile's bits do not depend on its box
+
+
+class FactorTiles:
+    """Any box of sum_t w_t b_t a_t, or of one w_t b_t a_t, without the whole matrix.
+
+    factors : products of one shape (m, n), one device, float32. weights : one number each, default 1.
+    The same element has the same bits in every box that holds it.
+    """
+
+    def __init__(self, factors: Sequence[Factors], weights: Sequence[float] | None = None) -> None:
+        total = stack(factors, weights)
+        self._sum = Factors(total.b.float(), total.a.float())
+        self.shape = total.shape
+        ends = [0]
+        for f in factors:
+            ends.append(ends[-1] + f.rank)
+        self._each = [Factors(self._sum.b[:, i:j].contiguous(), self._sum.a[i:j]) for i, j in pairwise(ends)]
+
+    def __len__(self) -> int:
+        return len(self._each)
+
+    def tile(
+        self, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None, model: int | None = None
+    ) -> torch.Tensor:
+        """The box rows[0]:rows[1], cols[0]:cols[1] of the sum, or of product number `model`; float32."""
+        f = self._sum if model is None else self._each[model]
+        (r0, r1), (c0, c1) = rows or (0, self.shape[0]), cols or (0, self.shape[1])
+        if not (0 <= r0 <= r1 <= self.shape[0] and 0 <= c0 <= c1 <= self.shape[1]):
+            raise ArgumentError(
+                "box outside the matrix", code="argument.box", expected=f"within {self.shape}",
+                got=f"rows {r0}:{r1}, columns {c0}:{c1}",
+            )  # fmt: skip
+        out = f.b.new_empty((r1 - r0, c1 - c0))
+        for i in range(r0 // BLOCK * BLOCK, r1, BLOCK):
+            for j in range(c0 // BLOCK * BLOCK, c1, BLOCK):
+                block = f.b[i : i + BLOCK] @ f.a[:, j : j + BLOCK].contiguous()
+                top, left = max(i, r0), max(j, c0)
+                bottom, right = min(i + BLOCK, r1), min(j + BLOCK, c1)
+                out[top - r0 : bottom - r0, left - c0 : right - c0] = block[top - i : bottom - i, left - j : right - j]
+        return out
