@@ -1,0 +1,53 @@
+"""Grams in float64 that add over rows, and thin products, both by canonical blocks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .sharded import Matrix, Sharded, blocks
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["gram", "times"]
+
+TILE = 256
+"""Columns of one tile of a Gram; only tiles on and above the diagonal are multiplied."""
+
+
+def gram(x: Matrix) -> torch.Tensor:
+    """X^T X in float64, (n, n), exactly symmetric.
+
+    Block after block in order; the same bits however X is cut into shards. Products of float32 are exact, so the
+    error is that of float64 sums.
+    """
+    import torch
+
+    n = x.shape[1]
+    total = torch.zeros((n, n), dtype=torch.float64, device=x.device)
+    for block in blocks(x, torch.float64):
+        for i in range(0, n, TILE):
+            # One product for a whole row of tiles: few calls, and half the work of the full product.
+            total[i : i + TILE, i:].addmm_(block[:, i : i + TILE].mT, block[:, i:])
+    upper = total.triu()
+    return upper + upper.triu(1).mT
+
+
+def times(x: Matrix, small: torch.Tensor, dtype: torch.dtype) -> Matrix:
+    """X @ small, accumulated in the dtype of `small` and stored in `dtype`; row shards stay row shards."""
+    import torch
+
+    rows, cols = x.shape[0], small.shape[1]
+    if isinstance(x, Sharded) and x.dim == 0:
+        pieces = [times(p, small.to(p.device), dtype) for p in x.parts]
+        return Sharded([p for p in pieces if isinstance(p, torch.Tensor)], 0)
+    out = torch.empty((rows, cols), dtype=dtype, device=x.device)
+    start = 0
+    for block in blocks(x, small.dtype):
+        stop = start + block.shape[0]
+        if small.dtype == dtype:
+            torch.mm(block, small, out=out[start:stop])
+        else:
+            out[start:stop].copy_(block @ small)
+        start = stop
+    return out
