@@ -22,4 +22,5 @@ def osrm_init(H: torch.Tensor | Sequence[torch.Tensor], rank: int, seed: int = 0
         raise ArgumentError("rank out of range", code="argument.rank", expected=f"1 to {h.shape[1]}", got=str(rank))
     if centre:
         h = h - h.mean(0)
-    return torch.linalg.eigh(h.T @ h)[1][:, :rank].T.contiguous().float()
+    vectors: torch.Tensor = torch.linalg.eigh(h.T @ h)[1]
+    return vectors[:, :rank].T.contiguous().float()
