@@ -37,8 +37,8 @@ struct PassInputs {
 // out, stats: null where absent.
 void stream(const PassInputs& inputs, const View* out, StreamStats* stats);
 
-// Sums of quantities, see Quantity, into the slots of `sums` in order; one segment, the tensor. bits: empty, or per model
-// where to write the packed bits of what it keeps and is not 0 (null: nowhere).
+// Sums of quantities, see Quantity, into the slots of `sums` in order; one segment, the tensor. bits: empty, or per
+// model where to write the packed bits of what it keeps and is not 0 (null: nowhere).
 void reduce(const PassInputs& inputs, const std::vector<int>& quantities, BlockSums* sums,
             const std::vector<std::uint8_t*>& bits);
 
