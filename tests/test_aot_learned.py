@@ -12,10 +12,11 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("under the interpreter kernels are not compiled", allow_module_level=True)
 
-from mergekernels.kernels import learned  # noqa: E402
-from mergekernels.kernels._common import LAUNCH_OPTIONS  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+
+from mergekernels.kernels import learned  # noqa: E402
+from mergekernels.kernels._common import LAUNCH_OPTIONS  # noqa: E402
 
 INEXACT = re.compile(r"fma\.|div\.full|div\.approx|\.ftz|sqrt\.approx|rcp\.approx|ex2|lg2|__nv_")
 

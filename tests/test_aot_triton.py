@@ -20,12 +20,12 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("under the interpreter kernels are not compiled", allow_module_level=True)
 
-from mergekernels.kernels import divergence, gram, mark, rank, reduce, select, stream  # noqa: E402
-from mergekernels.kernels._common import LAUNCH_OPTIONS, block_size  # noqa: E402
-from mergekernels.kernels._switches import pack  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from mergekernels.kernels import divergence, gram, mark, rank, reduce, select, stream  # noqa: E402
+from mergekernels.kernels._common import LAUNCH_OPTIONS, block_size  # noqa: E402
+from mergekernels.kernels._switches import pack  # noqa: E402
 from mergekernels.tensors import BF16, F16, F32, F64, FLOAT_DTYPES, DType  # noqa: E402
 
 POINTER = {BF16: "*i16", F16: "*fp16", F32: "*fp32", F64: "*fp64"}

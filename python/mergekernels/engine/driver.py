@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
-from .._methods.protocol import Coeffs
 from ..errors import MergeError
 from .committer import Committer
 from .context import Context, Worker
@@ -16,6 +16,7 @@ from .inputs import Stream, streams_of
 from .io import Io
 from .jobs import MergeJob
 from .layout import OutputFile
+from .matrixjob import MatrixJob, measure_model
 from .plan import Plan
 from .publish import publish
 from .readahead import ReadAhead
@@ -55,7 +56,7 @@ class _Run:
         except Exception:
             self.progress = None
 
-    def units(self, receipts: list[Receipt], scheduler: Scheduler[Worker], coeffs: Coeffs | None) -> list[Receipt]:
+    def units(self, receipts: list[Receipt], scheduler: Scheduler[Worker], coeffs: Any) -> list[Receipt]:
         """Merges all files without a receipt; the receipts of these files."""
         done = {r.file for r in receipts}
         pending = [f for f in self.plan.files if f.name not in done]
@@ -71,7 +72,7 @@ class _Run:
                 raise sync_failure(unit.file, error)
         return made
 
-    def _merge(self, files: list[OutputFile], scheduler: Scheduler[Worker], coeffs: Coeffs | None) -> Committer:
+    def _merge(self, files: list[OutputFile], scheduler: Scheduler[Worker], coeffs: Any) -> Committer:
         plan, ctx = self.plan, self.ctx
         units = [Unit(ctx.io, self.staging, plan.hash, i, f) for i, f in enumerate(files)]
         members = set(plan.specs.members)
@@ -79,11 +80,13 @@ class _Run:
         committer = Committer(scheduler.fail)
         ahead = ReadAhead(ctx.inputs, (self._streams(t.index) for f in files for t in f.tensors), scheduler.fail)
 
-        def jobs() -> Iterator[MergeJob | CopyJob]:
+        def jobs() -> Iterator[MergeJob | MatrixJob | CopyJob]:
             for unit in units:
                 for placed in unit.file.tensors:
                     target = Target(unit, placed, ahead.passed, committer.sync, committer.commit)
-                    if placed.index in members:
+                    if placed.index in members and plan.specs.whole is not None:
+                        yield MatrixJob(ctx, target, coeffs)
+                    elif placed.index in members:
                         yield MergeJob(ctx, target, coeffs)
                     else:
                         yield CopyJob(ctx, target)
@@ -109,7 +112,7 @@ class _Run:
     def _total(self, files: list[OutputFile]) -> int:
         merge = self.plan.merge
         members = set(self.plan.specs.members)
-        once = self.plan.specs.model_scope is not None
+        once = self.plan.specs.model_scope is not None or self.plan.specs.whole is not None
         total = 0
         for file in files:
             for placed in file.tensors:
@@ -124,6 +127,16 @@ class _Run:
             self.ctx, self.staging, scheduler, lambda done, name: self.tell(Progress("resume", done, size, 0, name))
         )
 
+    def _measured(self, scheduler: Scheduler[Worker]) -> Any:
+        """What is measured over the whole model: coefficients, or the state of a method over matrices."""
+
+        def tick(done: int, total: int, name: str) -> None:
+            self.tell(Progress("measure", done, total, 0, name))
+
+        if self.plan.specs.whole is not None:
+            return measure_model(self.ctx, scheduler, tick)
+        return run_waves(self.ctx, self.staging, scheduler, tick)
+
     def merge(self, overwrite: bool, start: float) -> RunReport:
         """Everything between the lock and the report."""
         plan = self.plan
@@ -132,13 +145,7 @@ class _Run:
         resumed = self._resume(scheduler)
         made: list[Receipt] = []
         if len(resumed) < len(plan.files):
-            coeffs = run_waves(
-                self.ctx,
-                self.staging,
-                scheduler,
-                lambda done, total, name: self.tell(Progress("measure", done, total, 0, name)),
-            )
-            made = self.units(resumed, scheduler, coeffs)
+            made = self.units(resumed, scheduler, self._measured(scheduler))
         self.tell(Progress("publish", 0, 0, self.written))
         digest, small = publish(self.ctx, self.staging, [*resumed, *made], overwrite=overwrite)
         tiles = sum(len(w.tiles.buffers) * w.tiles.nbytes for w in self.workers)

@@ -1,6 +1,7 @@
 """What a plan is: everything that determines the published bytes, as data, and its digest.
 
-Backend, threads, memory and estimates stay out, because they change no byte.
+Backend, threads, memory and estimates stay out, because they change no byte; for methods of tier T2, whose last bits
+depend on where they are computed, the kind of device is in.
 """
 
 from __future__ import annotations
@@ -65,8 +66,13 @@ def _params(params: Mapping[str, Any]) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in params.items()}
 
 
-def plan_hash(merge: ResolvedMerge, files: Sequence[OutputFile], small: Sequence[SmallFile]) -> str:
-    """The digest of a plan: resolved recipe, numeric policy, identity of every input, seed, layout, small files."""
+def plan_hash(
+    merge: ResolvedMerge, files: Sequence[OutputFile], small: Sequence[SmallFile], computed: str | None = None
+) -> str:
+    """The digest of a plan: resolved recipe, numeric policy, identity of every input, seed, layout, small files.
+
+    computed : the kind of device, for a method whose bits depend on it (T2); None for the others.
+    """
     tensors = [
         [
             t.name,
@@ -83,7 +89,7 @@ def plan_hash(merge: ResolvedMerge, files: Sequence[OutputFile], small: Sequence
         ]
         for t in merge.tensors
     ]
-    data = {
+    data: dict[str, Any] = {
         "format": "mergekernels.plan/1",
         "versions": versions(),
         "method": merge.method,
@@ -99,4 +105,6 @@ def plan_hash(merge: ResolvedMerge, files: Sequence[OutputFile], small: Sequence
         "files": [[f.name, f.size, f.header_sha256] for f in files],
         "small": [[s.name, s.sha256] for s in small],
     }
+    if computed is not None:
+        data["computed"] = computed
     return hashlib.sha256(canonical_json(data)).hexdigest()

@@ -207,13 +207,14 @@ def cut_budget(
     roomy: int = 0,
     best: int = TILE_BYTES,
     tile: int | None = None,
+    whole: str = "",
 ) -> Budget:
     """Tiles first, as large as a quarter of the budget allows up to the best size; the rest goes to statistics.
 
     sources : most tensors read for one output tensor. floor : bytes of statistics without which some tensor cannot be
     merged. needed : bytes of one source in the smallest tile that serves every pass. roomy : bytes that a pass of
     columns makes use of. best : bytes of one source in a tile, if the budget allows it. tile : elements of a tile, to
-    force it (tests).
+    force it (tests). whole : for a method that needs whole tensors, the name of the one that needs most.
 
     Raises
     ------
@@ -224,8 +225,11 @@ def cut_budget(
     least = max(CANONICAL_BLOCK * itemsize, needed)
     if buffers * least + floor > limit:
         raise ArgumentError(
-            "the memory budget cannot hold the smallest tiles",
+            "the memory budget cannot hold the largest tensor whole, with its task vectors and the method's work"
+            if whole
+            else "the memory budget cannot hold the smallest tiles",
             code="memory.too-small",
+            tensor=whole or None,
             expected=f"at least {format_size(buffers * least + floor)} ({buffers * least + floor} bytes) for {threads} "
             f"threads and {sources} inputs",
             got=format_size(limit),

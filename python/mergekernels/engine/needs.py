@@ -15,9 +15,22 @@ from .keeping import kept_bytes
 from .memory import ENTRY_BYTES, MIN_ENTRIES, WAVE_COPIES
 from .tiling import least_of_gram, roomy_of_gram, slab_unit
 
-__all__ = ["Needs", "is_sum", "num_slots", "of_program", "of_round", "of_scope", "of_tensor", "sum_segments"]
+__all__ = [
+    "Needs",
+    "is_sum",
+    "num_slots",
+    "of_program",
+    "of_round",
+    "of_scope",
+    "of_tensor",
+    "sum_segments",
+    "whole_bytes",
+]
 
 _WORD = 8
+
+_WORK_COPIES = 6
+"""Float64 copies of one matrix to count for what a decomposition works with."""
 
 
 @dataclass(frozen=True)
@@ -147,3 +160,14 @@ def _blocks(n: int) -> int:
 
 def _table(table: Table | None) -> int:
     return 0 if table is None else _WORD * len(table.values)
+
+
+def whole_bytes(spec: Spec) -> int:
+    """Bytes that one tensor takes while it is merged whole: task vectors, the result, and what the method works with.
+
+    An estimate for the work, which differs by method and route.
+    """
+    wide = 8 if spec.compute.name == "F64" else 4
+    if len(spec.shape) < 2:
+        return spec.n * wide * (spec.num_models + 2)
+    return spec.n * (wide * (spec.num_models + 1) + 8 * _WORK_COPIES)

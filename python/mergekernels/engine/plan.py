@@ -76,6 +76,9 @@ class Plan:
         for i, t in enumerate(merge.tensors):
             size = sum(merge.inputs[s.input].tensors[s.tensor].nbytes for s in sources_of(t))
             total += size * (self.reads if i in members else 1)
+            if self.specs.whole is not None and i in members and t.base is not None:
+                # The base is read again when the result is added to it.
+                total += merge.inputs[t.base.input].tensors[t.base.tensor].nbytes
         return total
 
     @property
@@ -88,10 +91,11 @@ class Plan:
 
         Keys: plan_hash, method, then [{modifier: parameters}], dialect, seed, nan, backend, device, threads, memory
         (bytes), tile_bytes, inputs [{label, path, files, tensors, bytes}], output {files: [{name, bytes, tensors}],
-        small_files: [names], tensors, bytes, merged, buffers, copies, aliases}, scope ("tensor" or "model"), passes
-        {reads, sampled, writes}, bytes_read, bytes_written, peak_memory, disk {path, needed, free} or None, time
-        {seconds, read_rate, write_rate, assumed}, parameters [{params, tensors: count, examples: [names]}], state
-        ("absent", "done", "resumable", "exists", "other-plan" or None), warnings [str].
+        small_files: [names], tensors, bytes, merged, buffers, copies, aliases}, scope ("tensor" or "model"), computed
+        (for methods of tier T2 {tier, by: "torch-cpu"}, else None), passes {reads, sampled, writes}, bytes_read,
+        bytes_written, peak_memory, disk {path, needed, free} or None, time {seconds, read_rate, write_rate, assumed},
+        parameters [{params, tensors: count, examples: [names]}], state ("absent", "done", "resumable", "exists",
+        "other-plan" or None), warnings [str].
         """
         return summarise(self)
 
@@ -126,7 +130,7 @@ def make_plan(
     index = index_json(files)
     if index is not None:
         small = (*small, SmallFile.of("model.safetensors.index.json", index))
-    digest = plan_hash(merge, files, small)
+    digest = plan_hash(merge, files, small, f"torch-{device.partition(':')[0]}" if specs.whole is not None else None)
     target = None if out is None else Path(os.path.abspath(out))
     state: OutState = None
     problems = _check_sizes(merge)
@@ -177,6 +181,7 @@ def _budget(
         roomy=found.roomy,
         best=best,
         tile=tile,
+        whole=found.whole,
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import _cpu
+from .._methods.whole import whole_of
 from .._native import torch_dtype, view_of
 from .._rounds import resolve_scope
 from ..errors import InputError, MergeError, PlanError
@@ -57,9 +58,16 @@ def recompute_sample(
 
     Raises
     ------
-    InputError : an input is gone or was changed, or this version computes by other rules than the one that published.
+    InputError : an input is gone or was changed, or this version computes by other rules than the one that published;
+        a method of tier T2.
     """
     merge = _merge(manifest)
+    if whole_of(method_of(merge)) is not None:
+        raise InputError(
+            f"{merge.method} is a method of tier T2, whose last bits depend on the machine: nothing can be recomputed",
+            code="verify.tier",
+            hint="Run the recipe again here, and compare the two with `mergekernels diff`.",
+        )
     notes = _compare_inputs(merge, manifest)
     published = open_checkpoint(root)
     names = sample_names([t["name"] for t in manifest["tensors"]], manifest["checkpoint_sha256"], count)

@@ -6,21 +6,34 @@ from dataclasses import replace
 from math import prod
 from typing import Literal
 
-from .._methods import get
+from .._methods import get, names
+from .._methods.matrix import MatrixMethod
+from .._methods.matrix_table import get_matrix
 from .._methods.modifiers import modified
 from .._methods.protocol import Coeffs, Method, Round, Spec
+from .._methods.whole import Whole, refuse_rounds, whole_of
 from ..errors import InputError
 from ..ops.selection import Scope
 from ..ops.sums import Segments
 from ..tensors import DType, compute_dtype, tensor_id
 from .resolved import ResolvedMerge, ResolvedTensor, Source
 
-__all__ = ["Specs", "method_of", "sources_of"]
+__all__ = ["Specs", "method_of", "plain_method", "sources_of"]
+
+
+def plain_method(name: str) -> Method:
+    """The method that a recipe calls `name`: of rounds and programs, or over matrices.
+
+    Raises
+    ------
+    ArgumentError : there is none.
+    """
+    return get(name) if name in names() else Whole(get_matrix(name, "models"))
 
 
 def method_of(merge: ResolvedMerge) -> Method:
     """The method of a merge, with the modifiers that follow it."""
-    return merge.custom or modified(get(merge.method), [name for name, _ in merge.then])
+    return merge.custom or modified(plain_method(merge.method), [name for name, _ in merge.then])
 
 
 def sources_of(tensor: ResolvedTensor) -> tuple[Source, ...]:
@@ -33,6 +46,7 @@ class Specs:
 
     scope : "model" if the method measures over the whole checkpoint with these parameters.
     members : positions in `merge.tensors` of the tensors that a method merges and that have elements, in order of name.
+    matrices : those of them that a method over matrices takes; tensors of one dimension get the mean.
 
     Raises
     ------
@@ -52,7 +66,33 @@ class Specs:
             )
         self.scope: Literal["tensor", "model"] = kinds.pop() if kinds else "tensor"
         self._position = {index: place for place, index in enumerate(self.members)}
-        self.model_scope = self._model_scope() if self.scope == "model" else None
+        self.model_scope: Scope | None = None
+        self.whole = whole_of(method)
+        self.matrices: tuple[int, ...] = ()
+        if self.whole is not None:
+            self._check_whole(method, self.whole)
+        elif self.scope == "model":
+            self.model_scope = self._model_scope()
+
+    def _check_whole(self, method: Method, whole: MatrixMethod) -> None:
+        merge = self.merge
+        self.matrices = tuple(i for i in self.members if len(merge.tensors[i].shape) > 1)
+        for index in self.members[:1]:
+            spec = self.spec(index)
+            refuse_rounds(method.start(spec), spec, method.info.name)
+        if len({whole.scope(merge.tensors[i].params, merge.dialect) for i in self.matrices}) > 1:
+            raise InputError(
+                "some tensors are measured over the whole model and some by themselves",
+                code="scope.mixed",
+                hint="Give every tensor the same parameters.",
+            )
+
+    @property
+    def measures_matrices(self) -> bool:
+        """Whether a method over matrices measures all of them before it merges any."""
+        if self.whole is None or not self.matrices:
+            return False
+        return self.whole.scope(self.merge.tensors[self.matrices[0]].params, self.merge.dialect) == "model"
 
     def _dtypes(self, tensor: ResolvedTensor) -> list[DType]:
         sources = sources_of(tensor)

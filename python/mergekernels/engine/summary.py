@@ -56,7 +56,10 @@ def summarise(plan: Plan) -> dict[str, Any]:
             "copies": sum(t.action == "copy" for t in merge.tensors),
             "aliases": dict(merge.aliases),
         },
-        "scope": plan.specs.scope,
+        "scope": "model" if plan.specs.measures_matrices else plan.specs.scope,
+        "computed": None
+        if plan.specs.whole is None
+        else {"tier": plan.specs.whole.info.tier, "by": f"torch-{plan.device.partition(':')[0]}"},
         "passes": {"reads": plan.reads, "sampled": plan.survey.sampled, "writes": 1},
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,

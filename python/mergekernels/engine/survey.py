@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .._methods.protocol import Coeffs, Method, Round
-from .needs import Needs, is_sum, of_scope, of_tensor
+from .needs import Needs, is_sum, of_scope, of_tensor, whole_bytes
 from .resolved import ResolvedMerge, ResolvedTensor
 from .specs import Specs, sources_of
 
@@ -19,7 +19,7 @@ class Survey:
     features : what the backend must be able to do, as far as it shows. needed, roomy : bytes of one source in a tile,
     see `cut_budget`. floor : bytes of statistics without which some tensor cannot be merged.
     wants : bytes of statistics that each tensor makes use of, descending. scope : bytes that a wave over the whole
-    model makes use of.
+    model makes use of. whole : where tensors are needed whole, the name of the one that needs most.
     """
 
     reads: int
@@ -30,6 +30,7 @@ class Survey:
     floor: int
     wants: tuple[int, ...]
     scope: int
+    whole: str = ""
 
 
 def widest(merge: ResolvedMerge, tensor: ResolvedTensor) -> int:
@@ -46,6 +47,8 @@ def survey(specs: Specs, method: Method) -> Survey:
     ArgumentError : a parameter does not fit a tensor. InputError : tensors of one scope ask for unlike measurements.
     """
     merge = specs.merge
+    if specs.whole is not None:
+        return _of_whole(specs)
     common: Round | Coeffs | None = None
     shared = scope = 0
     if specs.model_scope is not None:
@@ -71,3 +74,12 @@ def survey(specs: Specs, method: Method) -> Survey:
             sampled = sampled or (state.selection is not None and state.selection.sample < 1.0)
     wants.sort(reverse=True)
     return Survey(reads, sampled, found.features, needed, roomy, found.statistics + shared, tuple(wants), scope)
+
+
+def _of_whole(specs: Specs) -> Survey:
+    """What whole tensors need: the largest one sets the floor."""
+    wants = sorted(((whole_bytes(spec := specs.spec(i)), spec.name) for i in specs.members), reverse=True)
+    features = frozenset({"subtract"}) if any(specs.spec(i).has_base for i in specs.members[:1]) else frozenset()
+    reads = 2 if specs.measures_matrices else 1
+    most, name = wants[0] if wants else (0, "")
+    return Survey(reads, False, features, 0, 0, most, tuple(w for w, _ in wants), 0, name)

@@ -35,7 +35,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     ]
     parts = [
         f"method     {_method(plan)} (dialect {plan['dialect']}, seed {plan['seed']}, NaN: {plan['nan']})",
-        f"backend    {plan['backend']} on {plan['device']}, {plural(plan['threads'], 'thread')}",
+        f"backend    {_backend(plan)}, {plural(plan['threads'], 'thread')}",
         "inputs",
         indent(table(inputs, right=(3, 4))),
         "parameters",
@@ -77,6 +77,13 @@ def plan_text(plan: Mapping[str, Any]) -> str:
 def _method(plan: Mapping[str, Any]) -> str:
     """The method and the modifiers that follow it."""
     return ", then ".join([plan["method"], *(name for entry in plan.get("then") or () for name in entry)])
+
+
+def _backend(plan: Mapping[str, Any]) -> str:
+    """What computes: the backend, and torch where a method needs whole matrices."""
+    computed = plan.get("computed")
+    matrices = f"; matrices by torch ({computed['tier']})" if computed else ""
+    return f"{plan['backend']} on {plan['device']}{matrices}"
 
 
 def _number(tensors: Any) -> int:

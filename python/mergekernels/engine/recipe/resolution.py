@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..._methods import get, names
+from ..._methods import names
+from ..._methods.matrix_table import matrix_names
 from ..._methods.protocol import Method
 from ...errors import ArgumentError, FormatError, MergeError, PlanError, RecipeError, cut
 from ...formats.checkpoint import Checkpoint
 from ...tensors import dtype_of
 from ..resolved import ResolvedMerge
+from ..specs import plain_method
 from .assemble import Assembler
 from .chat import NAMED, chat_template, commonest
 from .config import output_config
@@ -176,7 +178,7 @@ class _Resolution:
     def _method(self) -> Method | None:
         """The method; None after noting that there is none."""
         schema = self.schema
-        known = names()
+        known = list(dict.fromkeys((*names(), *matrix_names("models"))))
         if not schema.merge_method:
             return None
         if schema.merge_method not in known:
@@ -190,7 +192,7 @@ class _Resolution:
             )
             self.problems.append(error)
             return None
-        method = get(schema.merge_method)
+        method = plain_method(schema.merge_method)
         if schema.dialect not in method.info.dialects:
             self.problems.append(
                 self._error(
