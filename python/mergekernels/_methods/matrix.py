@@ -20,14 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from .protocol import MethodInfo
 
 if TYPE_CHECKING:
-    from ..adapters.model import Delta
+    from ..adapters.model import Delta, Factors
 
-__all__ = ["Again", "MatrixMethod", "MatrixSpec", "Merged", "folds_scale", "measured_state"]
+__all__ = ["Again", "Asking", "MatrixMethod", "MatrixSpec", "Merged", "Wants", "folds_scale", "measured_state"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class MatrixSpec:
     """One matrix as a method sees it.
 
     name : of the output tensor or module. shape : (m, n). params : recipe name -> value, every parameter present;
-    per-model parameters are tuples of num_models values. tensor : 32-bit id of the name, for Philox.
+    per-model parameters are tuples of num_models values. tensor : 32-bit id of the name, for Philox. scales : of
+    adapters, the scale of each in this module (alpha / r; 1 where it lacks the module), in b already unless `Wants.raw`.
     """
 
     name: str
@@ -45,6 +46,7 @@ class MatrixSpec:
     dialect: str = "default"
     seed: int = 0
     tensor: int = 0
+    scales: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,41 @@ class Merged:
     """The merged task vector of one module, without the final scale.
 
     delta : dense, or factors where the result has low rank. report : what the run report says about this module (rank
-    used, residual, kept energy, route, iterations: name -> number or word). warnings : sentences.
+    used, residual, kept energy, route, iterations: name -> number or word). warnings : sentences. finish : applied to
+    the factors b = U S, a = V^T of an adapter after the driver has truncated it.
     """
 
     delta: Delta
     report: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    finish: Callable[[Factors], Factors] | None = None
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What a method of adapters asks of its driver beyond the common.
+
+    raw : factors arrive as the files hold them; the scale is in `MatrixSpec.scales` only. A method that can ignore
+    alpha / r altogether (fold_scale: false) asks for this too. equal_ranks : modules whose adapters differ in rank are
+    refused before data is read. rank : when the merged delta is truncated, by default to the largest rank among the
+    adapters. "given": where the caller gives a rank or an energy, and where it is dense; "largest": always; "exact":
+    only where the caller gives a rank or an energy.
+    peft : one of PEFT's combination types, with what dialect "peft" makes of one adapter and of rsLoRA.
+    """
+
+    raw: bool = False
+    equal_ranks: bool = False
+    rank: Literal["given", "largest", "exact"] = "given"
+    peft: bool = False
+
+
+@runtime_checkable
+class Asking(Protocol):
+    """A method of adapters with wishes; those without are served as `Wants()`."""
+
+    def wants(self, params: Mapping[str, Any], dialect: str) -> Wants:
+        """What it asks of its driver with these parameters."""
+        ...
 
 
 @dataclass(frozen=True)

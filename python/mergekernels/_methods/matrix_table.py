@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 from ..errors import ArgumentError, nearest
-from .adapters.cat import Cat
+from .adapters.cat import Cat, Svd
 from .matrix import MatrixMethod
 
 __all__ = ["get_matrix", "matrix_names"]
@@ -16,7 +16,8 @@ __all__ = ["get_matrix", "matrix_names"]
 # One line per method, in the order in which lists show them.
 _ALL: tuple[MatrixMethod, ...] = (
     Cat(),
-)  # fmt: skip
+    Svd(),
+)
 
 
 def matrix_names(takes: Literal["models", "adapters"]) -> list[str]:

@@ -1,18 +1,21 @@
-"""cat: the exact weighted sum of adapters, their factors side by side."""
+"""cat and svd: the weighted sum of adapters, exactly or at a rank."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..matrix import MatrixSpec, Merged
+from ..matrix import MatrixSpec, Merged, Wants
 from ..protocol import MethodInfo
+from .clamp import SVD_CLAMP, clamping
 from .common import LAMBDA, MANY, WEIGHT, PerModule
+from .peft import DEVIATIONS, PEFT
+from .sums import weighted_sum
 
 if TYPE_CHECKING:
     from ...adapters.model import Delta
 
-__all__ = ["Cat"]
+__all__ = ["Cat", "Svd"]
 
 
 class Cat(PerModule):
@@ -21,29 +24,71 @@ class Cat(PerModule):
     info = MethodInfo(
         name="cat",
         purpose="The weighted sum of adapters, exactly: their factors side by side.",
-        formula="Delta = w1 B1 A1 + ... + wT BT AT = [w1 B1 .. wT BT] [A1; ..; AT]; rank r1 + ... + rT",
+        formula="Delta = w1 B1 A1 + ... + wT BT AT = [w1 B1 .. wT BT] [A1; ..; AT]; rank r1 + ... + rT, at most "
+        "min(m, n)",
         params=(WEIGHT, LAMBDA),
-        base="required",
-        passes="1 read of the factors, 1 write",
-        source="peft tuners/lora/model.py, add_weighted_adapter",
+        base="optional",
+        passes="1 read of the factors",
+        source=PEFT,
         max_models=MANY,
         tier="T2",
         takes=("adapters",),
-        dialects={"default": "the weight times the adapter's scale goes into B", "peft": "PEFT 0.21.2: the same sum"},
+        dialects={
+            "default": "the sum",
+            "peft": "PEFT 0.21.2: the sum; if the first adapter asks for rsLoRA, times the square root of the result's "
+            "rank",
+        },
         deviations=(
-            "PEFT 0.21.2 copies use_rslora from the first adapter into the result, which is then too large by the "
-            "square root of its rank; here the result never asks for rsLoRA",
+            DEVIATIONS["rslora"],
+            "where the ranks add up to min(m, n) or more, the factors are the dense sum and an identity matrix; PEFT "
+            "keeps all columns",
         ),
     )
 
+    def wants(self, params: Mapping[str, Any], dialect: str) -> Wants:
+        """Truncated only where asked for."""
+        return Wants(rank="exact", peft=True)
+
     def merge(self, spec: MatrixSpec, deltas: Sequence[Delta], state: Any = None) -> Merged:
-        """The factors side by side."""
-        import torch
+        """The factors side by side, or the dense sum."""
+        delta, route = weighted_sum(deltas, spec.params["weight"], spec.shape)
+        return Merged(delta, {"sum": route})
 
-        from ...adapters.model import Factors
 
-        factors = [d for d in deltas if isinstance(d, Factors)]
-        weights = spec.params["weight"]
-        b = torch.cat([f.b * w for f, w in zip(factors, weights, strict=True)], dim=1)
-        a = torch.cat([f.a for f in factors], dim=0)
-        return Merged(Factors(b, a), {"rank": int(b.shape[1]), "route": "concatenated"})
+class Svd(PerModule):
+    """The best rank-r approximation of sum of w_t B_t A_t."""
+
+    info = MethodInfo(
+        name="svd",
+        purpose="The best approximation of the weighted sum of adapters at a rank: the default type of PEFT.",
+        formula="Delta = best rank r approximation of w1 B1 A1 + ... + wT BT AT; r = rank, or the least that keeps the "
+        "energy, by default the largest rank among the adapters",
+        params=(WEIGHT, LAMBDA, SVD_CLAMP),
+        base="optional",
+        passes="1 read of the factors",
+        source=PEFT,
+        max_models=MANY,
+        tier="T2",
+        takes=("adapters",),
+        dialects={
+            "default": "the sum, truncated",
+            "peft": "PEFT 0.21.2: one adapter alone is not truncated; if the first adapter asks for rsLoRA, times the "
+            "square root of the rank",
+        },
+        deviations=(
+            DEVIATIONS["scale"],
+            DEVIATIONS["rslora"],
+            DEVIATIONS["single"],
+            DEVIATIONS["half"],
+            DEVIATIONS["clamp"],
+        ),
+    )
+
+    def wants(self, params: Mapping[str, Any], dialect: str) -> Wants:
+        """Always truncated."""
+        return Wants(rank="largest", peft=True)
+
+    def merge(self, spec: MatrixSpec, deltas: Sequence[Delta], state: Any = None) -> Merged:
+        """The sum; the driver truncates it."""
+        delta, route = weighted_sum(deltas, spec.params["weight"], spec.shape)
+        return Merged(delta, {"sum": route}, finish=clamping(spec.params))
