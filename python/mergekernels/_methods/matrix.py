@@ -36,7 +36,7 @@ class MatrixSpec:
 
     name : of the output tensor or module. shape : (m, n). params : recipe name -> value, every parameter present;
     per-model parameters are tuples of num_models values. tensor : 32-bit id of the name, for Philox. scales : of
-    adapters, the scale of each in this module (alpha / r; 1 where it lacks the module), in b already unless `Wants.raw`.
+    adapters, the scale of each in this module (alpha / r; 1 where it lacks the module), in b unless `Wants.raw`.
     """
 
     name: str

@@ -9,6 +9,8 @@ from typing import Literal
 
 from ..errors import ArgumentError, nearest
 from .adapters.cat import Cat, Svd
+from .adapters.linear import Linear
+from .adapters.pruned import PRUNED
 from .matrix import MatrixMethod
 
 __all__ = ["get_matrix", "matrix_names"]
@@ -17,6 +19,8 @@ __all__ = ["get_matrix", "matrix_names"]
 _ALL: tuple[MatrixMethod, ...] = (
     Cat(),
     Svd(),
+    Linear(),
+    *PRUNED,
 )
 
 

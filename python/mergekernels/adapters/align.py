@@ -29,7 +29,7 @@ class Place:
 
     @property
     def scales(self) -> tuple[float, ...]:
-        """alpha / r (or alpha / sqrt(r)) per adapter; 1 where one lacks the module."""
+        """Alpha / r (or alpha / sqrt(r)) per adapter; 1 where one lacks the module."""
         return tuple(1.0 if e is None else e.scale for e in self.entries)
 
 

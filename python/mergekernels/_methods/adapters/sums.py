@@ -24,7 +24,6 @@ def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float], shape: tuple
     import torch
 
     from ...adapters.deltas import chunks, ranks_of
-    from ...adapters.model import Factors
 
     ranks = ranks_of(deltas)
     used = [t for t, w in enumerate(weights) if w != 0.0 and ranks[t] > 0]

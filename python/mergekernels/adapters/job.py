@@ -1,0 +1,128 @@
+"""One merge of adapters: the method bound to its parameters, and its modules one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from .._methods.arguments import bind_matrix
+from .._methods.matrix import Asking, MatrixMethod, MatrixSpec, Merged, Wants, folds_scale, measured_state
+from .._methods.matrix_table import get_matrix
+from ..errors import ArgumentError
+from ..tensors import tensor_id
+from .align import Aligned, Place
+from .deltas import Deltas
+from .model import Adapter, Factors
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Job", "bind_job", "wants_of"]
+
+
+def wants_of(method: MatrixMethod, params: Mapping[str, Any], dialect: str) -> Wants:
+    """What the method asks of its driver."""
+    return method.wants(params, dialect) if isinstance(method, Asking) else Wants()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A method and what it is applied to. factor : what the merged task vectors are multiplied with, besides lambda."""
+
+    method: MatrixMethod
+    params: Mapping[str, Any]
+    dialect: str
+    seed: int
+    wants: Wants
+    adapters: Sequence[Adapter]
+    device: torch.device | str = "cpu"
+    factor: float = 1.0
+    notes: tuple[str, ...] = ()
+    aligned: Aligned = field(default_factory=lambda: Aligned(()))
+
+    def spec(self, place: Place) -> MatrixSpec:
+        """One module as the method sees it; its name is that of the base's weight."""
+        name = place.site.weight
+        return MatrixSpec(
+            name=name,
+            shape=place.site.shape,
+            num_models=len(self.adapters),
+            params=self.params,
+            dialect=self.dialect,
+            seed=self.seed,
+            tensor=tensor_id(name),
+            scales=place.scales,
+        )
+
+    def deltas(self, place: Place) -> Deltas:
+        """The task vectors of one module."""
+        raw = self.wants.raw or not folds_scale(self.params, self.dialect)
+        return Deltas(place.site, self.adapters, place.entries, raw=raw, device=self.device)
+
+    def state(self) -> Any:
+        """What the method needs to know of all modules before it merges the first."""
+
+        def measure(state: Any) -> dict[str, Any]:
+            return {
+                place.site.weight: self.method.measure(self.spec(place), self.deltas(place), state)
+                for place in self.aligned.places
+            }
+
+        return measured_state(self.method, self.params, self.dialect, measure)
+
+    def merged(self) -> Iterator[tuple[Place, Merged]]:
+        """The merged task vectors, lambda applied, modules of equal shape one after the other."""
+        state = self.state()
+        scale = float(self.params.get("lambda", 1.0)) * self.factor
+        for place in sorted(self.aligned.places, key=lambda p: (p.site.shape, sum(p.ranks))):
+            merged = self.method.merge(self.spec(place), self.deltas(place), state)
+            yield place, _scaled(merged, scale)
+
+
+def _scaled(merged: Merged, scale: float) -> Merged:
+    if scale == 1.0:
+        return merged
+    delta = merged.delta
+    return replace(merged, delta=Factors(delta.b * scale, delta.a) if isinstance(delta, Factors) else delta * scale)
+
+
+def bind_job(
+    method: str,
+    arguments: Mapping[str, Any],
+    weights: Any,
+    adapters: Sequence[Adapter],
+    dialect: str,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> Job:
+    """The method with its parameters, before the adapters are aligned.
+
+    Raises
+    ------
+    ArgumentError : unknown method, parameter or dialect, unusable values, too few or too many adapters.
+    """
+    if not isinstance(method, str):
+        raise ArgumentError("method is not a name", code="method.unknown", expected="a string", got=repr(method))
+    chosen = get_matrix(method, "adapters")
+    given = {name: _plain(value) for name, value in arguments.items()}
+    if weights is not None:
+        given["weights"] = _plain(weights)
+    params = bind_matrix(chosen, given, len(adapters), dialect)
+    wants = wants_of(chosen, params, dialect)
+    notes: tuple[str, ...] = ()
+    if wants.peft and dialect == "peft" and len(adapters) == 1 and chosen.info.name != "linear":
+        notes = (f"dialect peft: a single adapter is merged by linear instead of {chosen.info.name}, at its own rank",)
+        chosen = get_matrix("linear", "adapters")
+        params = {p.name: params[p.name] for p in chosen.info.params if p.name in params}
+        wants = wants_of(chosen, params, dialect)
+    return Job(chosen, params, dialect, seed, wants, adapters, device, notes=notes)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and lists out of arrays, array scalars and small tensors; anything else as it is."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [v.tolist() if hasattr(v, "tolist") else v for v in value]
+    return value

@@ -1,0 +1,50 @@
+"""Merged adapters to files, with where they come from."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from .._version import __version__
+from ..errors import ArgumentError
+
+if TYPE_CHECKING:
+    from .merged import MergedAdapter
+
+__all__ = ["provenance", "save"]
+
+
+def provenance(merged: MergedAdapter) -> dict[str, Any]:
+    """What the metadata of a file tell: version, method, parameters, inputs, and rank and kept energy per module."""
+    report = merged.report
+    data = report.to_dict()
+    return {
+        "version": __version__,
+        "method": report.method,
+        "dialect": report.dialect,
+        "seed": report.seed,
+        "params": data["params"],
+        "rank": report.rank,
+        "energy": report.energy,
+        "inputs": data["inputs"],
+        "modules": {name: {"rank": m.rank, "kept_energy": m.kept_energy} for name, m in report.modules.items()},
+    }
+
+
+def save(merged: MergedAdapter, path: str | PathLike[str], form: str, *, overwrite: bool) -> None:
+    """See `MergedAdapter.save`."""
+    if form == "peft":
+        from ..formats.adapters.write_peft import write_peft
+
+        write_peft(
+            path,
+            dict(merged.modules.values()),
+            base_name=merged.base,
+            dtype=merged.dtype,
+            metadata=provenance(merged),
+            extras=merged.extras,
+            config=merged.inherited,
+            overwrite=overwrite,
+        )
+        return
+    raise ArgumentError("unknown form of adapter file", code="form", expected="'peft' or 'kohya'", got=repr(form))
