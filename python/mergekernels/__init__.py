@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from ._backends.dispatch import use_backend
     from ._backends.status import backends
     from ._methods.catalogue import methods
+    from .adapters.merge import merge_adapters
+    from .adapters.merged import MergedAdapter
     from .engine.diff import diff
     from .engine.run import plan, run
     from .engine.verify import verify
@@ -22,10 +24,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MergeError",
+    "MergedAdapter",
     "__version__",
     "backends",
     "diff",
     "merge",
+    "merge_adapters",
     "merge_state_dicts",
     "methods",
     "plan",
@@ -36,9 +40,11 @@ __all__ = [
 
 _HOME = {
     "MergeError": "errors",
+    "MergedAdapter": "adapters.merged",
     "backends": "_backends.status",
     "diff": "engine.diff",
     "merge": "merging",
+    "merge_adapters": "adapters.merge",
     "merge_state_dicts": "state_dicts",
     "methods": "_methods.catalogue",
     "plan": "engine.run",

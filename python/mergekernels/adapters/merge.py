@@ -110,6 +110,7 @@ def merge_adapters(
         base=next((a.base for a in opened if a.base), ""),
         extras={name: load for a in opened for name, load in a.extras.items()},
         inherited=_inherited(opened),
+        sources=tuple(opened),
     )
     if out is not None:
         result.save(out)
@@ -134,16 +135,13 @@ def _cut_all(
     """All modules with their factors, truncated in batches."""
     waiting: list[tuple[Place, Merged]] = []
     size = 0
-    wanted = rank if rank is not None or energy is not None else largest
+    asked = rank is not None or energy is not None
+    wanted = rank if asked else largest
     for place, merged in job.merged():
         delta = merged.delta
-        dense = not isinstance(delta, Factors)
-        keep = (
-            rank is None and energy is None and (job.wants.rank == "exact" or (job.wants.rank == "given" and not dense))
-        )
         if isinstance(delta, Factors) and delta.rank == 0:
             yield place, merged, Cut(delta, 1.0, "zero")
-        elif keep:
+        elif not asked and (job.wants.rank == "exact" or (job.wants.rank == "given" and isinstance(delta, Factors))):
             yield place, merged, exact_factors(delta)
         else:
             waiting.append((place, merged))
@@ -208,7 +206,7 @@ def _finished(place: Place, merged: Merged, cut: Cut, stored: DType) -> tuple[Fa
 def _report(
     job: Job, rank: int | None, energy: float | None, modules: Mapping[str, ModuleReport], seconds: float
 ) -> MergeReport:
-    inputs = tuple(InputReport(a.label, a.form, a.base, len(a.modules), a.sha256) for a in job.adapters)
+    inputs = tuple(InputReport(a.label, a.form, a.base, len(a.modules)) for a in job.adapters)
     notes = [note for a in job.adapters for note in a.notes]
     extras = [
         f"{a.label} replaces {name} (modules_to_save): taken as it is, without weight"

@@ -25,7 +25,8 @@ class MergedAdapter:
     modules : module path -> (site, factors); the factors have the adapter's dtype, every scale is inside b, the ranks
     may differ by module. extras : full tensors that replace the base's (modules_to_save), name -> loader.
     dtype : of the factors ("F32", "BF16", "F16", "F64"). base : name of the base model as the inputs give it.
-    report : ranks, kept energy, routes and warnings.
+    report : ranks, kept energy, routes and warnings. inherited : fields of the configs in which all inputs agree.
+    sources : the inputs, whose digests go into saved files.
     """
 
     modules: Mapping[str, tuple[Site, Factors]]
@@ -34,6 +35,7 @@ class MergedAdapter:
     base: str = ""
     extras: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
     inherited: Mapping[str, Any] = field(default_factory=dict)
+    sources: tuple[Adapter, ...] = ()
 
     @property
     def config(self) -> dict[str, Any]:

@@ -11,13 +11,12 @@ __all__ = ["InputReport", "MergeReport", "ModuleReport"]
 
 @dataclass(frozen=True)
 class InputReport:
-    """One adapter. modules : how many it adapts. sha256 : of its weights file, "" if not computed."""
+    """One adapter. modules : how many it adapts."""
 
     label: str
     form: str
     base: str
     modules: int
-    sha256: str = ""
 
 
 @dataclass(frozen=True)

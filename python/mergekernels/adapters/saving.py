@@ -26,7 +26,9 @@ def provenance(merged: MergedAdapter) -> dict[str, Any]:
         "params": data["params"],
         "rank": report.rank,
         "energy": report.energy,
-        "inputs": data["inputs"],
+        "inputs": [
+            {**given, "sha256": source.sha256} for given, source in zip(data["inputs"], merged.sources, strict=True)
+        ],
         "modules": {name: {"rank": m.rank, "kept_energy": m.kept_energy} for name, m in report.modules.items()},
     }
 

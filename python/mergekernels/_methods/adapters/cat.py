@@ -52,7 +52,7 @@ class Cat(PerModule):
     def merge(self, spec: MatrixSpec, deltas: Sequence[Delta], state: Any = None) -> Merged:
         """The factors side by side, or the dense sum."""
         delta, route = weighted_sum(deltas, spec.params["weight"], spec.shape)
-        return Merged(delta, {"sum": route})
+        return Merged(delta, {"route": route} if route else {})
 
 
 class Svd(PerModule):
@@ -91,4 +91,4 @@ class Svd(PerModule):
     def merge(self, spec: MatrixSpec, deltas: Sequence[Delta], state: Any = None) -> Merged:
         """The sum; the driver truncates it."""
         delta, route = weighted_sum(deltas, spec.params["weight"], spec.shape)
-        return Merged(delta, {"sum": route}, finish=clamping(spec.params))
+        return Merged(delta, {"route": route} if route else {}, finish=clamping(spec.params))

@@ -62,4 +62,4 @@ class Linear(PerModule):
             b = delta.b * on_b if b is None else b.add_(delta.b, alpha=on_b)
             a = delta.a * on_a if a is None else a.add_(delta.a, alpha=on_a)
         assert a is not None and b is not None  # the driver has no module without an adapter
-        return Merged(Factors(b, a), {"route": "factors"})
+        return Merged(Factors(b, a))

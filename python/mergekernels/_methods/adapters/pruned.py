@@ -91,7 +91,7 @@ class _Pruned(PerModule):
         rank = max(f.rank for f in factors)
         a = _tensors([f.a for f in factors], (rank, spec.shape[1]), f"{module}.lora_A.weight", rule, on_a)
         b = _tensors([f.b for f in factors], (spec.shape[0], rank), f"{module}.lora_B.weight", rule, on_b)
-        return Merged(Factors(b, a), {"route": "factors"})
+        return Merged(Factors(b, a))
 
     def _products(self, spec: MatrixSpec, factors: Sequence[Factors], rule: Rule) -> Merged:
         import torch

@@ -15,7 +15,7 @@ _CHUNK_RANK = 1024
 
 
 def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float], shape: tuple[int, int]) -> tuple[Delta, str]:
-    """(sum of w_t B_t A_t, how it was formed).
+    """(sum of w_t B_t A_t, "" or a sentence on why it is dense).
 
     deltas : factors, one per adapter; a lazy sequence is walked once. The sum stays in factors, side by side, while the
     ranks of what has a weight add up to less than min(m, n); from there on it is dense, and memory is the matrix and a
@@ -30,8 +30,8 @@ def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float], shape: tuple
     total = sum(ranks[t] for t in used)
     if total < min(shape):
         if not used:
-            return _empty(deltas, shape), "zero"
-        return _stacked(deltas, weights, used), "factors"
+            return _empty(deltas, shape), ""
+        return _stacked(deltas, weights, used), ""
     result: torch.Tensor | None = None
     for run in chunks([ranks[t] for t in used], _CHUNK_RANK):
         part = _stacked(deltas, weights, [used[i] for i in run])
@@ -40,7 +40,7 @@ def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float], shape: tuple
         else:
             result.addmm_(part.b, part.a)
     assert isinstance(result, torch.Tensor)
-    return result, f"dense: the ranks add up to {total}, min(m, n) is {min(shape)}"
+    return result, f"dense sum, as the ranks add up to {total} and min(m, n) is {min(shape)}"
 
 
 def _stacked(deltas: Sequence[Delta], weights: Sequence[float], used: Sequence[int]) -> Factors:
