@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_cases import adapter, adapters, best, dense, error, module, product, site, weighted
 
 import mergekernels as mk
+from adapter_cases import adapter, adapters, best, dense, error, module, product, site, weighted
 from mergekernels.adapters.model import Adapter, Module
 from mergekernels.errors import ArgumentError, DataError, InputError, MergeError, OutputError, PlanError
 
@@ -168,7 +168,7 @@ def test_the_base_is_checked() -> None:
 def test_different_bases_are_refused_unless_one_is_given() -> None:
     one, two = adapters(2, SITES, [2])
     one, two = (Adapter(a.label, a.modules, base) for a, base in ((one, "org/a"), (two, "org/b")))
-    with pytest.raises(InputError, match="different bases.*org/a.*org/b"):
+    with pytest.raises(InputError, match=r"different bases.*org/a.*org/b"):
         mk.merge_adapters([one, two], "cat")
     merged = mk.merge_adapters([one, two], "cat", base={s.weight: s.weight_shape for s in SITES})
     assert any("different bases" in w for w in merged.report.warnings)
