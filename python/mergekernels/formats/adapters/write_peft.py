@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from ...errors import ArgumentError
 from ...tensors import DType, dtype_of
 from .config import CONFIG, matching
 from .folder import Planned, write_folder, write_tensors
+from .sites import Base, base_shapes
 from .stored import Stored
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def write_peft(
     metadata: Mapping[str, Any] | None = None,
     extras: Mapping[str, Callable[[], torch.Tensor]] | None = None,
     config: Mapping[str, Any] | None = None,
+    base: Base | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Writes adapter_config.json and adapter_model.safetensors; the folder appears complete or not at all.
@@ -48,6 +50,8 @@ def write_peft(
     metadata : provenance for the safetensors metadata: name -> text, or anything that JSON holds. "format" is ours.
     extras : full tensors that replace the base's (modules_to_save), name in the base -> loader; kept in their dtype.
     config : fields to take over where the inputs agree: task_type, auto_mapping, revision.
+    base : the base model, if it is at hand: PEFT takes a module for a target whose path ends in a target's, and
+        exclude_modules then names those that this adapter lacks. Without it PEFT may add factors of zeros there.
 
     Returns
     -------
@@ -63,7 +67,7 @@ def write_peft(
         raise ArgumentError("unknown dtype", code="adapter.dtype", expected="F32, BF16, F16 or F64", got=repr(dtype))
     check_factors(modules)
     replaced = dict(extras or {})
-    fields = adapter_config(modules, base_name=base_name, extras=replaced, config=config)
+    fields = adapter_config(modules, base_name=base_name, extras=replaced, config=config, shapes=base_shapes(base))
     tensors = peft_keys(modules, stored, replaced)
     strings = {**metadata_strings(metadata or {}), **_orientation(modules), "format": "pt"}
     text = json.dumps(fields, indent=2, sort_keys=False, ensure_ascii=False) + "\n"
@@ -113,8 +117,12 @@ def adapter_config(
     base_name: str = "",
     extras: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
+    shapes: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The fields of adapter_config.json: scale 1 everywhere, so lora_alpha = r; patterns where ranks differ."""
+    """The fields of adapter_config.json: scale 1 everywhere, so lora_alpha = r; patterns where ranks differ.
+
+    shapes : by tensor name, of the base.
+    """
     ranks = {site.module: factors.rank for site, factors in modules.items()}
     common = Counter(ranks.values()).most_common()
     # Most frequent, the smaller on a tie: the file does not depend on the order of the modules.
@@ -122,8 +130,10 @@ def adapter_config(
     patterns = _patterns(ranks, rank)
     adapted = {site.weight for site in modules}
     saved = sorted({name.rpartition(".")[0] for name in extras or {} if name not in adapted})
+    _check_saved(saved, ranks)
     flipped = any(site.kind == "fan_in_fan_out" for site in modules)
     given = config or {}
+    beyond = _beyond(ranks, shapes or {})
     return {
         "peft_type": "LORA",
         **{field: given.get(field) for field in _KEPT},
@@ -133,6 +143,7 @@ def adapter_config(
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "target_modules": sorted(ranks),
+        **({"exclude_modules": beyond} if beyond else {}),
         "modules_to_save": saved or None,
         "rank_pattern": patterns,
         "alpha_pattern": dict(patterns),
@@ -144,6 +155,42 @@ def adapter_config(
         "layers_to_transform": None,
         "layers_pattern": None,
     }
+
+
+def _check_saved(saved: Collection[str], targets: Mapping[str, int]) -> None:
+    """Refuses full tensors of a module that PEFT's rule would take for one of the targets, or for what holds one."""
+    for module in saved:
+        rule = re.compile(rf"(^|.*\.){module}($|\..*)")
+        for target in targets:
+            if rule.match(target):
+                raise ArgumentError(
+                    f"PEFT would not adapt '{target}' beside a full copy of '{module}' (modules_to_save)",
+                    code="adapter.modules-to-save",
+                    tensor=target,
+                    hint="Leave one of them out",
+                )
+
+
+def _beyond(targets: Mapping[str, int], shapes: Mapping[str, Any]) -> list[str] | str | None:
+    """exclude_modules for the base's modules whose paths end in a target's, but are no targets; None if there is none.
+
+    Exclusion also works on the end of a path: where it would hit a target, an expression says everything else.
+    """
+    modules = {name.removesuffix(".weight") for name in shapes if name.endswith(".weight")}
+    beyond = sorted(m for m in modules - set(targets) if _ends_in(m, targets))
+    hit = set(beyond)
+    if not any(_ends_in(target, hit) for target in targets):
+        return beyond or None
+    return f"(?!(?:{'|'.join(map(re.escape, sorted(targets)))})$).*"
+
+
+def _ends_in(path: str, ends: Collection[str]) -> bool:
+    """Whether the path, or what follows one of its dots, is among `ends` (a set or a mapping, for speed)."""
+    while path not in ends:
+        _, dot, path = path.partition(".")
+        if not dot:
+            return False
+    return True
 
 
 def _patterns(ranks: Mapping[str, int], default: int) -> dict[str, int]:
