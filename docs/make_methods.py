@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mergekernels._methods import get, names
+from mergekernels._methods.catalogue import methods
 from mergekernels._methods.modifiers import modifiers
 from mergekernels.report.methods_page import methods_page
 
 
 def page() -> str:
     """What docs/methods.md must hold."""
-    return methods_page([get(name).info for name in names()], modifiers().values())
+    return methods_page(methods().values(), methods("adapters").values(), modifiers().values())
 
 
 if __name__ == "__main__":

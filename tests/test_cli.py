@@ -312,7 +312,9 @@ def test_methods_and_backends():
         assert name in text
         page = call("methods", name)
         assert page.returncode == 0 and page.stdout.startswith(f"{name}: ") and "Parameters" in page.stdout
-    ties = events(call("methods", "ties", "--json").stdout)[-1]["result"]
+    assert call("methods", "ties").stdout.count("\nties: ") == 1  # the method of adapters follows
+    ties, of_adapters = events(call("methods", "ties", "--json").stdout)[-1]["result"]
+    assert (ties["takes"], of_adapters["takes"]) == (["models"], ["adapters"])
     density = next(p for p in ties["params"] if p["name"] == "density")
     assert (density["low"], density["high"], density["default"], density["per_model"]) == (0.0, 1.0, 1.0, True)
     assert set(ties["dialects"]) >= {"default", "paper"}

@@ -31,9 +31,10 @@ def one_thread() -> Iterator[None]:
 
 
 def test_every_method_has_a_case() -> None:
-    assert {c.method for c in CASES.values()} == set(mk.methods())
+    known = {name: info for name, info in mk.methods().items() if info.tier != "T2"}
+    assert {c.method for c in CASES.values()} == set(known)
     dialects = {(c.method, c.dialect) for c in CASES.values()}
-    assert dialects >= {(name, d) for name, info in mk.methods().items() for d in info.dialects if d == "default"}
+    assert dialects >= {(name, d) for name, info in known.items() for d in info.dialects if d == "default"}
     assert set(GOLDEN) == set(CASES)
 
 

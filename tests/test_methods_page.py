@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from mergekernels import methods
+from mergekernels._methods.catalogue import described
 from mergekernels._methods.modifiers import modifiers
-from mergekernels._methods.protocol import REQUIRED
+from mergekernels._methods.protocol import REQUIRED, MethodInfo
+from mergekernels.errors import ArgumentError
 from mergekernels.report.methods import method_text, methods_text
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -21,14 +23,17 @@ def test_the_page_is_not_stale() -> None:
     assert (DOCS / "methods.md").read_text(encoding="utf-8") == page
 
 
-@pytest.mark.parametrize("name", [*methods(), *modifiers()])
-def test_descriptions_are_complete(name: str) -> None:
+_ALL = [*methods().values(), *modifiers().values(), *methods("adapters").values()]
+
+
+@pytest.mark.parametrize("info", _ALL, ids=lambda i: f"{i.name}-{i.takes[0]}")
+def test_descriptions_are_complete(info: MethodInfo) -> None:
     """Every field says something, without line breaks; every parameter is printed."""
-    info = (methods() | modifiers())[name]
     for text in (info.purpose, info.formula, info.passes, info.source, *info.dialects.values(), *info.deviations):
         assert text and text == " ".join(text.split())
     assert info.purpose.endswith(".") and next(iter(info.dialects)) == "default"
-    assert info.tier in ("T0", "T1") and 1 <= info.min_models <= info.max_models <= 64
+    assert info.tier in ("T0", "T1", "T2") and 1 <= info.min_models <= info.max_models
+    assert info.max_models <= 64 or info.tier == "T2"
     text = method_text(info)
     for param in info.params:
         assert f"\n  {param.name} " in text and param.help in " ".join(text.split())
@@ -40,6 +45,18 @@ def test_descriptions_are_complete(name: str) -> None:
 
 
 def test_the_table_lists_every_method() -> None:
-    text = methods_text(list(methods().values()))
+    text = methods_text(_ALL)
+    models, adapters = text.split("\n\n")[:2]
     for name in methods():
-        assert f"\n{name} " in text
+        assert f"\n{name} " in models
+    for name in methods("adapters"):
+        assert f"\n{name} " in adapters
+
+
+def test_a_name_of_two_methods_gives_both() -> None:
+    assert [i.takes for i in described("ties")] == [("models",), ("adapters",)]
+    assert [i.name for i in described("lines")] == ["lines"]
+    with pytest.raises(ArgumentError, match="Did you mean 'ties_svd'"):
+        described("ties_svt")
+    with pytest.raises(ArgumentError, match="takes is not usable"):
+        methods("adapter")  # type: ignore[arg-type]

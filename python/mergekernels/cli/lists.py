@@ -13,15 +13,16 @@ def methods_command(name: str | None, *, as_json: bool) -> None:
     output = Output("methods", as_json=as_json)
 
     def work() -> int:
-        from .._methods import get, names
-        from .._methods.modifiers import modifiers
+        from .._methods.catalogue import described, methods
         from ..report.methods import info_dict, method_text, methods_text
 
         if name is not None:
-            info = modifiers().get(name) or get(name).info
-            output.result(info_dict(info), method_text(info))
+            infos = described(name)
+            data = [info_dict(i) for i in infos]
+            output.result(data[0] if len(data) == 1 else data, "\n\n\n".join(method_text(i) for i in infos))
         else:
-            infos = [get(n).info for n in names()]
+            models, adapters = methods(), methods("adapters")
+            infos = [*models.values(), *(i for i in adapters.values() if i not in models.values())]
             output.result([info_dict(i) for i in infos], methods_text(infos))
         return 0
 

@@ -10,7 +10,7 @@ from typing import Any
 from .._methods.protocol import REQUIRED, MethodInfo, Param
 from .text import table
 
-__all__ = ["TIERS", "companions", "info_dict", "method_text", "methods_text", "modifiers", "parameter_facts"]
+__all__ = ["TIERS", "companions", "info_dict", "inputs", "method_text", "methods_text", "modifiers", "parameter_facts"]
 
 _WIDTH = 110
 _BASE = {
@@ -40,12 +40,17 @@ def _param_dict(param: Param) -> dict[str, Any]:
 
 
 def methods_text(infos: Sequence[MethodInfo]) -> str:
-    """One line per method."""
-    rows = [(i.name, _models(i), _BASE[i.base], i.tier, i.purpose.partition(". ")[0].rstrip(".")) for i in infos]
-    return (
-        table(rows, ("method", "models", "base", "tier", "purpose"))
-        + "\n\n`mergekernels methods NAME` tells all about one."
-    )
+    """One line per method; those that take adapters in a table of their own."""
+    tables = []
+    for takes in ("models", "adapters"):
+        rows = [
+            (i.name, inputs(i), _BASE[i.base], i.tier, i.purpose.partition(". ")[0].rstrip("."))
+            for i in infos
+            if takes in i.takes
+        ]
+        if rows:
+            tables.append(table(rows, ("method", takes, "base", "tier", "purpose")))
+    return "\n\n".join((*tables, "`mergekernels methods NAME` tells all about one."))
 
 
 def method_text(info: MethodInfo) -> str:
@@ -54,12 +59,13 @@ def method_text(info: MethodInfo) -> str:
         textwrap.fill(f"{info.name}: {info.purpose}", _WIDTH),
         "",
         _section("formula", info.formula),
-        _section("models", _models(info) + (" besides the base" if info.base != "input" else "")),
+        _section("takes", " or ".join(info.takes)),
+        _section("inputs", inputs(info) + (" besides the base" if info.base != "input" else "")),
         _section("base", _BASE[info.base]),
         *([_section("beside", companions(info))] if info.companions else []),
         _section("tier", TIERS[info.tier]),
         _section("passes", info.passes),
-        _section("then", modifiers(info)),
+        *([_section("then", modifiers(info))] if "models" in info.takes else []),
         _section("source", info.source),
         "",
         "Parameters",
@@ -81,9 +87,12 @@ TIERS = {
 }
 
 
-def _models(info: MethodInfo) -> str:
+def inputs(info: MethodInfo) -> str:
+    """How many models or adapters a method takes."""
     if info.min_models == info.max_models:
         return str(info.min_models)
+    if info.max_models > 1 << 16:
+        return f"{info.min_models} or more"
     return f"{info.min_models} to {info.max_models}"
 
 

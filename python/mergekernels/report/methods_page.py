@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .._methods.protocol import MethodInfo, Param
-from .methods import TIERS, companions, modifiers, parameter_facts
+from .methods import TIERS, companions, inputs, modifiers, parameter_facts
 
 __all__ = ["methods_page"]
 
@@ -26,32 +26,47 @@ one value for all, or one for each model that is not the base.
 """
 
 
-def methods_page(infos: Iterable[MethodInfo], modifying: Iterable[MethodInfo]) -> str:
-    """The page: what each of `infos` and of the modifiers does."""
+def methods_page(infos: Iterable[MethodInfo], adapting: Iterable[MethodInfo], modifying: Iterable[MethodInfo]) -> str:
+    """The page: what each method of models, each of adapters and each modifier does.
+
+    A method of both is described among the first.
+    """
     methods, others = list(infos), list(modifying)
+    adapters = list(adapting)
+    twice = {i.name for i in methods} | {i.name for i in others}
+    alone = [i for i in adapters if i not in methods]
     lines = [_HEAD]
     lines += [_entry(i) for i in methods]
     lines += ["", "Modifiers, listed under `then:`:", ""]
     lines += [_entry(i) for i in others]
+    lines += ["", "Methods of adapters (`merge_adapters`, `mergekernels lora merge`):", ""]
+    lines += [_entry(i, _title(i, twice) if i in alone else i.name) for i in adapters]
     for info in [*methods, *others]:
-        lines += _method(info, modifier=info in others)
+        lines += _method(info, info.name, modifier=info in others)
+    for info in alone:
+        lines += _method(info, _title(info, twice), modifier=False)
     return "\n".join(lines) + "\n"
 
 
-def _entry(info: MethodInfo) -> str:
-    return f"- [{info.name}](#{info.name}): {_plain(info.purpose.partition('. ')[0].rstrip('.'))}"
+def _title(info: MethodInfo, taken: set[str]) -> str:
+    """The heading of a method of adapters, whose name may stand for one of models too."""
+    return f"{info.name} of adapters" if info.name in taken else info.name
 
 
-def _method(info: MethodInfo, *, modifier: bool) -> list[str]:
-    lines = ["", f"## {info.name}", "", _plain(info.purpose), "", f"- Formula: {_plain(info.formula)}"]
+def _entry(info: MethodInfo, title: str = "") -> str:
+    anchor = (title or info.name).replace(" ", "-")
+    return f"- [{info.name}](#{anchor}): {_plain(info.purpose.partition('. ')[0].rstrip('.'))}"
+
+
+def _method(info: MethodInfo, title: str, *, modifier: bool) -> list[str]:
+    lines = ["", f"## {title}", "", _plain(info.purpose), "", f"- Formula: {_plain(info.formula)}"]
     if not modifier:
-        count = (
-            str(info.min_models) if info.min_models == info.max_models else f"{info.min_models} to {info.max_models}"
-        )
-        lines.append(f"- Inputs: {count} model{'s' if info.max_models > 1 else ''}; {_BASE[info.base]}")
+        what = " or ".join(info.takes) if info.max_models > 1 else " or ".join(t.removesuffix("s") for t in info.takes)
+        lines.append(f"- Inputs: {inputs(info)} {what}; {_BASE[info.base]}")
         if info.companions:
             lines.append(f"- Beside the models: {companions(info)}")
-        lines.append(f"- Then: {modifiers(info)}")
+        if "models" in info.takes:
+            lines.append(f"- Then: {modifiers(info)}")
     lines += [f"- Exactness: {TIERS[info.tier]}", f"- Passes: {info.passes}", f"- Source: {info.source}", ""]
     if info.params:
         lines += ["| parameter | values | default | meaning |", "|---|---|---|---|", *map(_row, info.params)]
