@@ -14,7 +14,7 @@ from .common import LAMBDA, check_factors
 from .gram import Combination, combination
 from .protocol import Coeffs, MethodInfo, Param, Round, Spec, Stats
 
-__all__ = ["FromNorm"]
+__all__ = ["FromNorm", "shares"]
 
 
 class FromNorm:
@@ -62,14 +62,14 @@ class FromNorm:
         squares = [sums.number(t) for t in range(spec.num_models)]
         if not all(map(math.isfinite, squares)):
             return Combination(values=array("d", [math.nan] * spec.num_models))
-        return Combination(values=array("d", _shares(squares, spec.params["k"])))
+        return Combination(values=array("d", shares(squares, spec.params["k"])))
 
     def apply(self, spec: Spec, coeffs: Coeffs) -> Program:
         """The weighted deltas on top of the base."""
         return combination(spec, coeffs, spec.params["lambda"])
 
 
-def _shares(squares: list[float], power: float) -> list[float]:
+def shares(squares: list[float], power: float) -> list[float]:
     """|dt|^k over their sum; 0 to the power of 0 is 1. All 0 where every norm is."""
     if not any(squares):
         return [0.0] * len(squares)

@@ -9,9 +9,15 @@ from typing import Literal
 
 from ..errors import ArgumentError, nearest
 from .adapters.cat import Cat, Svd
+from .adapters.core_space import CoreSpace
+from .adapters.from_norm import FromNorm
 from .adapters.linear import Linear
+from .adapters.lori import Lori
 from .adapters.pruned import PRUNED
+from .adapters.robust_merge import RobustMerge
 from .matrix import MatrixMethod
+from .spectral.knots import Knots
+from .spectral.lore import Lore
 
 __all__ = ["get_matrix", "matrix_names"]
 
@@ -21,6 +27,12 @@ _ALL: tuple[MatrixMethod, ...] = (
     Svd(),
     Linear(),
     *PRUNED,
+    CoreSpace(),
+    Knots(),
+    RobustMerge(),
+    Lori(),
+    FromNorm(),
+    Lore(),
 )
 
 

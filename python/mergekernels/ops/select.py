@@ -19,7 +19,7 @@ from .sweeps import Sweep
 if TYPE_CHECKING:
     from .._cpu import SweepStats
 
-__all__ = ["new_stats", "run_sweep", "select"]
+__all__ = ["new_stats", "run_sweep", "select", "sweep_one"]
 
 _STAGES = {"key": 1, "tie": 2}
 
@@ -53,30 +53,42 @@ def run_sweep(
     stats = new_stats(sweep, max(1 << 18, min(n // 16, 1 << 22)))
     visited = 0
     for inputs, offset in zip(tensors, selection.scope.offsets, strict=True):
-        for shard, piece in enumerate(inputs.pieces):
-            if piece.numel == 0:
-                continue
-            base, models = inputs.views(shard)
-            if selection.sample < 1.0:
-                piece, base, models = _sample(piece, base, models, selection.sample)
-            visited += piece.numel
-            searched = {i.model for i in sweep.intervals if i is not None}
-            wanted = [v if m in searched or sweep.joint else None for m, v in enumerate(models)]
-            backend.sweep(
-                sweep,
-                stats,
-                piece,
-                base,
-                wanted,
-                compute=inputs.compute,
-                tensor=inputs.tensor,
-                offset=offset,
-                threads=threads,
-            )
+        visited += sweep_one(selection, sweep, stats, inputs, backend, threads, offset)
     # A sample does not know the places of its elements; of a joint key it is not known whose value is not finite.
     if nan == "error" and visited == n and not sweep.joint:
         _refuse_nonfinite(stats, selection, tensors)
     return stats, visited
+
+
+def sweep_one(
+    selection: Selection, sweep: Sweep, stats: SweepStats, inputs: Inputs, backend: Backend, threads: int, offset: int
+) -> int:
+    """One pass over one tensor of the scope, or over some of its pieces: the elements visited.
+
+    offset : scope index of the tensor's first element.
+    """
+    visited = 0
+    for shard, piece in enumerate(inputs.pieces):
+        if piece.numel == 0:
+            continue
+        base, models = inputs.views(shard)
+        if selection.sample < 1.0:
+            piece, base, models = _sample(piece, base, models, selection.sample)
+        visited += piece.numel
+        searched = {i.model for i in sweep.intervals if i is not None}
+        wanted = [v if m in searched or sweep.joint else None for m, v in enumerate(models)]
+        backend.sweep(
+            sweep,
+            stats,
+            piece,
+            base,
+            wanted,
+            compute=inputs.compute,
+            tensor=inputs.tensor,
+            offset=offset,
+            threads=threads,
+        )
+    return visited
 
 
 def _sample(
