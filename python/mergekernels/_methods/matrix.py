@@ -150,6 +150,11 @@ def measured_state(
 
 
 def folds_scale(params: Mapping[str, Any], dialect: str) -> bool:
-    """Whether a driver folds alpha / r into the factors that it hands to the method."""
-    asked = params.get("fold_scale")
+    """Whether a driver folds alpha / r into the factors that it hands to the method.
+
+    It does, unless a parameter `fold_scale` says no; without a value that means the dialect "code".
+    """
+    if "fold_scale" not in params:
+        return True
+    asked = params["fold_scale"]
     return dialect != "code" if asked is None else bool(asked)

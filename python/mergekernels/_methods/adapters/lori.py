@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..factor_space import all_factors
-from ..matrix import MatrixSpec, Merged
+from ..matrix import MatrixSpec, Merged, Wants, folds_scale
 from ..protocol import MethodInfo, Param
 from .common import FOLD_SCALE, LAMBDA, MANY, WEIGHT
 from .masks import Masking, Sizes, Thresholds, begin, measure_masks, next_masks
@@ -83,6 +83,10 @@ class Lori:
     def scope(self, params: Mapping[str, Any], dialect: str) -> Literal["tensor", "model"]:
         """Thresholds count over modules, unless nothing is masked."""
         return "model" if params["sparsity"] > 0.0 else "tensor"
+
+    def wants(self, params: Mapping[str, Any], dialect: str) -> Wants:
+        """Adapters of one rank where factors are added."""
+        return Wants(equal_ranks=params["combination"] == "linear")
 
     def measure(self, spec: MatrixSpec, deltas: Sequence[Delta], state: Any = None) -> Any:
         """Sizes first, then passes of the selections over this module's B."""
@@ -196,10 +200,11 @@ def _linear(factors: Sequence[Factors], spec: MatrixSpec) -> Factors:
     used = [t for t, f in enumerate(factors) if f.rank > 0]
     if not used:
         return factors[0]
+    inside = folds_scale(spec.params, spec.dialect)
     a: torch.Tensor | None = None
     b: torch.Tensor | None = None
     for t in used:
-        scale = spec.scales[t] if spec.scales and spec.scales[t] != 0.0 else 1.0
+        scale = spec.scales[t] if inside and spec.scales and spec.scales[t] != 0.0 else 1.0
         root = math.sqrt(abs(spec.params["weight"][t] * scale))
         more_a = factors[t].a * math.copysign(root, spec.params["weight"][t] * scale)
         more_b = factors[t].b * (root / scale)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import ArgumentError
 from ..factor_space import all_factors
-from ..matrix import MatrixSpec, Merged
+from ..matrix import MatrixSpec, Merged, Wants
 from ..protocol import MethodInfo, Param
 from .common import FOLD_SCALE, LAMBDA, MANY, PerModule
 
@@ -82,6 +82,10 @@ class RobustMerge(PerModule):
         """The place of the clamp must exist."""
         clamp = params["clamp"]
         return ["clamp must be below 1"] if clamp is not None and clamp >= 1.0 else []
+
+    def wants(self, params: Mapping[str, Any], dialect: str) -> Wants:
+        """Adapters of one rank."""
+        return Wants(equal_ranks=True)
 
     def merge(self, spec: MatrixSpec, deltas: Sequence[Delta], state: Any = None) -> Merged:
         """Sums of pruned factors.
