@@ -16,8 +16,8 @@ __all__ = ["described", "methods"]
 def methods(takes: Literal["models", "adapters"] = "models") -> dict[str, MethodInfo]:
     """The descriptions of all methods: name -> purpose, formula, parameters, dialects, deviations, passes, source.
 
-    takes : "models": what `merge`, `merge_state_dicts` and recipes take; "adapters": what `merge_adapters` takes. A name
-    may stand in both for two methods.
+    takes : "models": what `merge`, `merge_state_dicts` and recipes take; "adapters": what `merge_adapters` takes. One
+    name may stand for two methods, one in each.
 
     Raises
     ------

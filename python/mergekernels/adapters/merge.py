@@ -20,6 +20,7 @@ from .model import Adapter, Factors, Site
 from .opening import AdapterInput, open_adapters
 from .peft_dialect import rslora_factor
 from .report import InputReport, MergeReport, ModuleReport
+from .saving import check_target
 from .truncate import Cut, check_cut, exact_factors, truncated
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ def merge_adapters(
     check_cut(rank, energy, spread)
     seed = check_integer(seed, 0, 1 << 64, "seed")
     asked = _asked_dtype(out_dtype)
+    if out is not None:
+        check_target(out)
     from ..formats.adapters import base_shapes
 
     shapes = base_shapes(base)

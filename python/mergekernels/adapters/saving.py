@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
-from ..errors import ArgumentError
+from ..errors import ArgumentError, OutputError
 
 if TYPE_CHECKING:
     from .merged import MergedAdapter
 
-__all__ = ["provenance", "save"]
+__all__ = ["check_target", "provenance", "save"]
+
+_FORMS = ("peft", "kohya")
+
+
+def check_target(path: str | PathLike[str], form: str = "peft", *, overwrite: bool = False) -> None:
+    """Refuse what cannot be written, before any work is done.
+
+    Raises
+    ------
+    ArgumentError : unknown form. OutputError : something is there and must not be replaced.
+    """
+    if form not in _FORMS:
+        raise ArgumentError("unknown form of adapter file", code="form", expected="'peft' or 'kohya'", got=repr(form))
+    target = Path(path)
+    taken = any(target.iterdir()) if target.is_dir() else target.exists()
+    if taken and not overwrite:
+        raise OutputError(
+            "the output is already there",
+            code="output.exists",
+            file=str(target),
+            hint="Remove it, name another, or allow it to be overwritten.",
+        )
 
 
 def provenance(merged: MergedAdapter) -> dict[str, Any]:
