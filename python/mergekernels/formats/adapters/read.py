@@ -12,6 +12,8 @@ from ...adapters.model import Adapter
 from ...errors import ArgumentError, InputError
 from ..hub import looks_like_hub, snapshot
 from .config import CONFIG, read_config
+from .detect import detect
+from .named import build_named
 from .peft import build_peft
 from .sites import Base, base_shapes
 from .stored import of_file, of_mapping
@@ -40,9 +42,11 @@ def read_adapter(
     adapter : a PEFT folder, a safetensors file, a hub reference in the local cache, or a mapping from name to tensor
         (lazy ones are asked once for each tensor's shape). An `Adapter` is returned as it is.
     base : the base model, which settles names, shapes and orientations; without it they are those of the factors.
-    config : fields that replace or complete those of adapter_config.json; needed for a mapping with PEFT's names.
+    config : fields that replace or complete those of adapter_config.json or of diffusers' metadata; needed for a
+        mapping with PEFT's names.
     label : what errors and reports call it; the path if empty.
-    name : which adapter, where a folder or mapping holds several.
+    name : which adapter, where a folder or mapping holds several; for kohya and diffusers files the component that
+        `base` is ("unet", "te1", "text_encoder").
 
     Raises
     ------
@@ -52,18 +56,24 @@ def read_adapter(
     if isinstance(adapter, Adapter):
         return adapter
     shapes = base_shapes(base)
+    given = dict(config or {})
     if isinstance(adapter, Mapping):
         source, tensors = of_mapping(adapter, label or "adapter")
-        return build_peft(tensors, dict(config or {}), source, shapes=shapes, name=name, form="memory")
+        if detect(tensors, given, {}) == "named":
+            return build_named(tensors, source, shapes=shapes, config=given, name=name, metadata={}, form="memory")
+        return build_peft(tensors, given, source, shapes=shapes, name=name, form="memory")
     if not isinstance(adapter, (str, os.PathLike)):
         raise ArgumentError(
             "an adapter is a path or a mapping of tensors", code="adapter.type", got=type(adapter).__name__
         )
+    path = os.fspath(adapter)
     file, folder = _find(Path(adapter), name)
-    source, tensors, metadata = of_file(str(file), label or os.fspath(adapter))
-    fields = read_config(folder / CONFIG) if (folder / CONFIG).exists() else {}
-    fields.update(config or {})
-    return build_peft(tensors, fields, source, shapes=shapes, name=name, metadata=metadata, path=os.fspath(adapter))
+    source, tensors, metadata = of_file(str(file), label or path)
+    beside = read_config(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    if detect(tensors, {**beside, **given}, metadata, file.name) == "named":
+        return build_named(tensors, source, shapes=shapes, config=given, name=name, metadata=metadata, path=path)
+    fields = {**beside, **given}
+    return build_peft(tensors, fields, source, shapes=shapes, name=name, metadata=metadata, path=path)
 
 
 def _find(path: Path, name: str) -> tuple[Path, Path]:
