@@ -39,7 +39,7 @@ def host_module(tmp_path_factory: pytest.TempPathFactory) -> Any:
             *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
             *(f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"),
             *map(str, sorted((ROOT / "csrc").glob("bind_cuda*.cpp"))),
-            str(ROOT / "tests/cuda_host.cpp"),
+            *map(str, sorted((ROOT / "tests").glob("cuda_host*.cpp"))),
             *("-o", str(target)),
         ],
         check=True,

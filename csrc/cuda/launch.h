@@ -3,6 +3,7 @@
 
 #include "cuda/divergence_group.h"
 #include "cuda/gram_group.h"
+#include "cuda/jacobi_group.h"
 #include "cuda/list_group.h"
 #include "cuda/program_group.h"
 #include "cuda/rank_group.h"
@@ -38,6 +39,13 @@ template <class C>
 void launch_rank(const RankArgs& args, int dtype, const Queue& queue);
 template <class C>
 void launch_sweep(const SweepArgs& args, int dtype, const Queue& queue);
+
+// threads: jacobi_threads of every matrix of the call; bytes: of the largest room. `eigh`: an eigenproblem, else an SVD.
+template <class C>
+void launch_jacobi(bool eigh, const JacobiArgs<C>& args, int threads, int bytes, const Queue& queue);
+
+// Bytes of memory on the chip that a block may have.
+int jacobi_limit(int device);
 
 // The memory that the ranks of long rows need: bytes for each block of threads, and how many blocks; 0 where rows fit
 // on the chip.

@@ -1,0 +1,42 @@
+// The small decompositions of csrc/cuda/launch.h on the host: the same steps, thread after thread. For tests only.
+
+#include <stdexcept>
+#include <vector>
+
+#include "cuda/launch.h"
+
+namespace mergekernels {
+
+namespace {
+
+struct ThreadAfterThread {
+  int size;
+  template <class F>
+  void all(const F& f) {
+    for (int thread = 0; thread < size; ++thread) f(thread);
+  }
+};
+
+}  // namespace
+
+// A chip on which 128 x 64 doubles fit, but neither 128 x 128 nor the vectors of 128.
+int jacobi_limit(int) { return 166912; }
+
+template <class C>
+void launch_jacobi(bool eigh, const JacobiArgs<C>& a, int threads, int bytes, const Queue&) {
+  for (std::int64_t i = 0; i < a.count; ++i) {
+    const JacobiItem<C>& item = a.items[i];
+    if (jacobi_threads(item.s) != threads ||
+        JacobiRoom<C>::size(eigh, item.p, item.s, item.right.at != nullptr, item.far != nullptr) > bytes)
+      throw std::runtime_error("the launch does not suit its items");
+    // Exactly the memory that is asked for, filled with what memory holds that nobody set.
+    std::vector<std::uint64_t> chip(std::size_t(bytes / 8), 0xFFF7DEADFFF7DEADull);
+    ThreadAfterThread team{threads};
+    jacobi_item(eigh, item, reinterpret_cast<std::uint8_t*>(chip.data()), team);
+  }
+}
+
+template void launch_jacobi(bool, const JacobiArgs<float>&, int, int, const Queue&);
+template void launch_jacobi(bool, const JacobiArgs<double>&, int, int, const Queue&);
+
+}  // namespace mergekernels
