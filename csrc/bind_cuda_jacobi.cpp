@@ -57,11 +57,11 @@ void run(bool eigh, Address items, std::int64_t count, int threads, int size, co
 void bind_jacobi(py::module_& m) {
   m.attr("MAX_SIDE") = kMaxSide;
   m.def("jacobi_limit", [](int device) { return jacobi_limit(device); });
-  m.def("jacobi_room", [](bool eigh, std::int64_t p, std::int64_t s, bool right, bool far, int compute) {
+  m.def("jacobi_room", [](bool eigh, std::int64_t p, std::int64_t s, bool far, int compute) {
     check_sides(p, s, eigh);
     const int rows = static_cast<int>(p), columns = static_cast<int>(s);
-    const std::int64_t size = compute == kF64 ? JacobiRoom<double>::size(eigh, rows, columns, right, far)
-                                              : JacobiRoom<float>::size(eigh, rows, columns, right, far);
+    const std::int64_t size = compute == kF64 ? JacobiRoom<double>::size(eigh, rows, columns, far)
+                                              : JacobiRoom<float>::size(eigh, rows, columns, far);
     return std::make_tuple(jacobi_threads(columns), size);
   });
   m.def("jacobi_table", [](const std::vector<ItemTuple>& items, int compute) {

@@ -27,7 +27,7 @@ void launch_jacobi(bool eigh, const JacobiArgs<C>& a, int threads, int bytes, co
   for (std::int64_t i = 0; i < a.count; ++i) {
     const JacobiItem<C>& item = a.items[i];
     if (jacobi_threads(item.s) != threads ||
-        JacobiRoom<C>::size(eigh, item.p, item.s, item.right.at != nullptr, item.far != nullptr) > bytes)
+        JacobiRoom<C>::size(eigh, item.p, item.s, item.far != nullptr) > bytes)
       throw std::runtime_error("the launch does not suit its items");
     // Exactly the memory that is asked for, filled with what memory holds that nobody set.
     std::vector<std::uint64_t> chip(std::size_t(bytes / 8), 0xFFF7DEADFFF7DEADull);

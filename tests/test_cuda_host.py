@@ -5,51 +5,21 @@ What is left for a GPU to show are the kernels' loops over groups, their warp su
 
 from __future__ import annotations
 
-import importlib.machinery
 import importlib.util
-import os
-import shutil
-import subprocess
-import sysconfig
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cuda_host_module import build
 from gpu_cases import *  # noqa: F403
 from gpu_feature_cases import *  # noqa: F403
 from mergekernels._backends import _cuda_launches as launches
 from mergekernels._backends import cuda as backend
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture(scope="session")
 def host_module(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    import pybind11
-
-    target = tmp_path_factory.mktemp("cuda_host") / "_cuda.so"
-    subprocess.run(
-        [
-            compiler,
-            *("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden"),
-            *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
-            *(f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"),
-            *map(str, sorted((ROOT / "csrc").glob("bind_cuda*.cpp"))),
-            *map(str, sorted((ROOT / "tests").glob("cuda_host*.cpp"))),
-            *("-o", str(target)),
-        ],
-        check=True,
-    )
-    loader = importlib.machinery.ExtensionFileLoader("_cuda", str(target))
-    spec = importlib.util.spec_from_loader("_cuda", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+    return build(tmp_path_factory)
 
 
 @pytest.fixture

@@ -72,13 +72,13 @@ MK_HD Meeting meeting(int sides, int round, int k) {
   return a < b ? Meeting{a, b} : Meeting{b, a};
 }
 
-// (x, y) becomes (c x - s y, s x + c y); s = 0 leaves them alone. t is s / c of the smaller of the two angles.
+// (x, y) becomes (c x - s y, s x + c y); s = 0 leaves them alone. t = s / c.
 template <class C>
 struct Rotation {
   C c, s, t;
 };
 
-// The smaller angle that makes [[alpha, gamma], [gamma, beta]] diagonal, which become alpha - t gamma, beta + t gamma.
+// The smaller of the two angles that make [[alpha, gamma], [gamma, beta]] diagonal, which become alpha - t gamma, beta + t gamma.
 template <class C>
 MK_HD Rotation<C> smaller_rotation(C alpha, C beta, C gamma) {
   const C zeta = (beta - alpha) / (C(2) * gamma);
@@ -99,14 +99,6 @@ MK_HD C cosine(C alpha, C beta, C gamma) {
   return (gamma < C(0) ? -gamma : gamma) / (root(alpha) * root(beta));
 }
 
-// The rotation of two columns that makes them orthogonal, the longer one first.
-template <class C>
-MK_HD Rotation<C> column_rotation(C alpha, C beta, C gamma) {
-  const Rotation<C> r = smaller_rotation(alpha, beta, gamma);
-  // A quarter turn further, the two have changed places.
-  return alpha < beta ? Rotation<C>{r.s, -r.c, r.t} : r;
-}
-
 // The same measure of an off-diagonal entry of a symmetric matrix: its size beside the geometric mean of the two
 // diagonal entries, or beside `floor` if that is larger.
 template <class C>
@@ -114,6 +106,22 @@ MK_HD C coupling(C alpha, C beta, C gamma, C floor) {
   const C mean = root(alpha < C(0) ? -alpha : alpha) * root(beta < C(0) ? -beta : beta);
   const C bound = mean > floor ? mean : floor;
   return bound > C(0) ? (gamma < C(0) ? -gamma : gamma) / bound : C(0);
+}
+
+// The reflection I - weight v v^T that takes a column (first, ...) of length `length` to (diagonal, 0, ...); v is the
+// column but for its first entry, `pivot`. weight = 0: the column is nothing, as above.
+template <class C>
+struct Reflection {
+  C pivot, diagonal, weight;
+};
+
+template <class C>
+MK_HD Reflection<C> reflection(C first, C squared_length) {
+  constexpr C kNothing = Precision<C>::kEps * Precision<C>::kEps;
+  if (!(squared_length > kNothing * kNothing)) return {first, C(0), C(0)};
+  const C length = root(squared_length), size = first < C(0) ? -first : first;
+  const C diagonal = first < C(0) ? length : -length;
+  return {first - diagonal, diagonal, C(1) / (length * (length + size))};
 }
 
 }  // namespace mergekernels

@@ -24,8 +24,8 @@ struct Strided {
   MK_HD T& operator()(int i, int j) const { return at[i * rows + j * columns]; }
 };
 
-// One matrix of p x s, p >= s. left: p x s; right: s x s, of columns, or at = nullptr for values alone. An
-// eigenproblem has p = s, reads the lower triangle and writes no left. far: room for s x s numbers in global memory
+// One matrix of p x s, p >= s. left: p x s; right: s x s, of columns; at = nullptr for both leaves them out. An
+// eigenproblem has p = s, reads the lower triangle and writes no left. far: room for p x s numbers in global memory
 // where they do not fit on the chip, else nullptr. report: sweeps done (0: not converged; -1: NaN or Inf in the
 // matrix), and the largest cosine met in the last sweep.
 template <class C>
@@ -61,42 +61,47 @@ MK_HD int jacobi_stride(int rows, int lanes) {
   return rows + ((lanes - rows) % kBanks + kBanks) % kBanks;
 }
 
-// The memory of a block. part: sums on their way; c, s, t: of the round's rotations; worst: the largest cosine of a
-// pair in this sweep; sum: results of sums that all threads need.
+// The memory of a block. g: what is to become orthogonal or diagonal; v: the product of all that is done to it; part:
+// sums on their way; c, s, t: of the round's rotations; worst: the largest cosine of a pair in this sweep; sum: results
+// that all threads need; diagonal, weight: of reflections; column: where a column of the input went.
 template <class C>
 struct JacobiRoom {
-  C *g, *v, *part, *c, *s, *t, *worst, *sum, *values;
-  int* place;
-  int* done;
+  C *g, *v, *part, *c, *s, *t, *worst, *sum, *values, *diagonal, *weight;
+  int *place, *column, *best, *done;
   int g_stride, v_stride;
 
-  static MK_HD std::int64_t size(bool eigh, int p, int s, bool right, bool far) {
-    const std::int64_t lanes = jacobi_lanes(s), pairs = num_meetings(s);
-    const std::int64_t g = eigh ? std::int64_t(s) * (s + 1) / 2 : std::int64_t(jacobi_stride<C>(p, int(lanes))) * s;
-    const std::int64_t v = !right || far ? 0 : std::int64_t(jacobi_stride<C>(s, int(lanes))) * s;
-    const std::int64_t numbers = g + v + num_parts(s) + 4 * pairs + 4 + s;
-    return (numbers * std::int64_t(sizeof(C)) + 4 * (s + 1) + 15) / 16 * 16;
+  static MK_HD std::int64_t num_g(bool eigh, int s) {
+    return eigh ? std::int64_t(s) * (s + 1) / 2 : std::int64_t(jacobi_stride<C>(s, jacobi_lanes(s))) * s;
   }
   static MK_HD int num_parts(int s) {
     const int parts = 3 * num_meetings(s) * jacobi_lanes(s), threads = jacobi_threads(s);
     return parts > threads ? parts : threads;
   }
-  MK_BLOCK JacobiRoom(std::uint8_t* memory, bool eigh, int p, int side, bool right, C* far) {
+  static MK_HD std::int64_t size(bool eigh, int p, int s, bool far) {
+    const std::int64_t v = far ? 0 : std::int64_t(jacobi_stride<C>(p, jacobi_lanes(s))) * s;
+    const std::int64_t numbers = num_g(eigh, s) + v + num_parts(s) + 4 * num_meetings(s) + 4 + 3 * s;
+    return (numbers * std::int64_t(sizeof(C)) + 4 * (2 * s + 32 + 1) + 15) / 16 * 16;
+  }
+  MK_BLOCK JacobiRoom(std::uint8_t* memory, bool eigh, int p, int side, C* far) {
     const int lanes = jacobi_lanes(side), pairs = num_meetings(side);
-    g_stride = jacobi_stride<C>(p, lanes);
-    v_stride = far != nullptr ? side : jacobi_stride<C>(side, lanes);
+    g_stride = jacobi_stride<C>(side, lanes);
+    v_stride = far != nullptr ? p : jacobi_stride<C>(p, lanes);
     g = reinterpret_cast<C*>(memory);
-    C* next = g + (eigh ? side * (side + 1) / 2 : g_stride * side);
-    v = !right ? nullptr : far != nullptr ? far : next;
-    part = right && far == nullptr ? next + v_stride * side : next;
+    C* next = g + num_g(eigh, side);
+    v = far != nullptr ? far : next;
+    part = far != nullptr ? next : next + v_stride * side;
     c = part + num_parts(side);
     s = c + pairs;
     t = s + pairs;
     worst = t + pairs;
     sum = worst + pairs;
     values = sum + 4;
-    place = reinterpret_cast<int*>(values + side);
-    done = place + side;
+    diagonal = values + side;
+    weight = diagonal + side;
+    place = reinterpret_cast<int*>(weight + side);
+    column = place + side;
+    best = column + side;
+    done = best + 32;
   }
 };
 
@@ -128,38 +133,35 @@ struct Jacobi {
     });
   }
 
-  // Place in room.g of element e of the matrix; entries of its upper triangle have none in an eigenproblem (-1).
-  template <bool kEigh>
-  MK_BLOCK int element(int e, int* row, int* column) const {
-    // Neighbouring threads read neighbouring addresses.
+  // Row and column of element e of the input: neighbouring threads read neighbouring addresses.
+  MK_BLOCK void element(int e, int* row, int* column) const {
     const bool down = item.matrix.rows <= item.matrix.columns;
     *row = down ? e % item.p : e / item.s;
     *column = down ? e / item.p : e % item.s;
-    if (!kEigh) return *column * room.g_stride + *row;
-    return *row < *column ? -1 : *row * (*row + 1) / 2 + *column;
   }
 
-  // Reads the matrix, scaled by the power of two room.sum[1], and sets V to the identity. False: it has NaN or Inf.
+  MK_BLOCK C& entry(int i, int j) const { return room.g[i > j ? i * (i + 1) / 2 + j : j * (j + 1) / 2 + i]; }
+
+  // Reads the matrix, scaled by the power of two room.sum[1]: an SVD's into v, of an eigenproblem the lower triangle
+  // into g, with its squared norm in room.sum[2] and v = I. False: it has NaN or Inf.
   template <bool kEigh>
   MK_BLOCK bool load() {
-    const auto larger = [](C a, C b) { return a < b ? b : a; };
     team.all([&](int thread) {
       C largest = C(0);
       for (int e = thread; e < item.p * item.s; e += team.size) {
         int i, j;
-        const int to = element<kEigh>(e, &i, &j);
-        if (to < 0) continue;
+        element(e, &i, &j);
+        if (kEigh) room.v[j * room.v_stride + i] = i == j ? C(1) : C(0);
+        if (kEigh && i < j) continue;
         const C x = item.matrix(i, j);
-        room.g[to] = x;
+        (kEigh ? entry(i, j) : room.v[j * room.v_stride + i]) = x;
         const C size = x < C(0) ? -x : x;
         // NaN counts as infinite.
         largest = size <= largest ? largest : size == size ? size : C(INFINITY);
       }
       room.part[thread] = largest;
-      for (int e = thread; room.v != nullptr && e < item.s * item.s; e += team.size)
-        room.v[e / item.s * room.v_stride + e % item.s] = e / item.s == e % item.s ? C(1) : C(0);
     });
-    fold_parts(0, larger);
+    fold_parts(0, [](C a, C b) { return a < b ? b : a; });
     const C largest = room.sum[0];
     if (largest == C(INFINITY)) return false;
     const C scale = scale_for(largest);
@@ -167,16 +169,17 @@ struct Jacobi {
       C squares = C(0);
       for (int e = thread; e < item.p * item.s; e += team.size) {
         int i, j;
-        const int at = element<kEigh>(e, &i, &j);
-        if (at < 0) continue;
-        const C x = room.g[at] * scale;
-        room.g[at] = x;
+        element(e, &i, &j);
+        if (kEigh && i < j) continue;
+        C& x = kEigh ? entry(i, j) : room.v[j * room.v_stride + i];
+        x = x * scale;
         // Those below the diagonal stand for two.
         squares = squares + (i == j ? x * x : C(2) * (x * x));
       }
       room.part[thread] = squares;
       if (thread == 0) room.sum[1] = scale;
       if (thread < pairs) room.worst[thread] = C(0);
+      if (thread < item.s) room.column[thread] = thread;
     });
     if (kEigh) fold_parts(2, [](C a, C b) { return a + b; });
     return true;
@@ -234,35 +237,171 @@ struct Jacobi {
     });
   }
 
-  MK_BLOCK void write_right() {
+  // Writes columns of v, of p rows, in the order of their values.
+  MK_BLOCK void write_v(const Strided<C>& to) {
     team.all([&](int thread) {
-      if (room.v == nullptr) return;
-      const bool down = item.right.rows <= item.right.columns;
-      for (int e = thread; e < item.s * item.s; e += team.size) {
-        const int i = down ? e % item.s : e / item.s, j = down ? e / item.s : e % item.s;
-        item.right(i, room.place[j]) = room.v[j * room.v_stride + i];
+      const bool down = to.rows <= to.columns;
+      for (int e = thread; e < item.p * item.s; e += team.size) {
+        const int i = down ? e % item.p : e / item.s, j = down ? e / item.p : e % item.s;
+        to(i, room.place[j]) = room.v[j * room.v_stride + i];
       }
     });
   }
+
+  // The sum of one number's parts, one of each lane, from `from`.
+  MK_BLOCK C fold_lanes(const C* from) const {
+    C sum = from[0];
+    for (int l = 1; l < lanes; ++l) sum = sum + from[l];
+    return sum;
+  }
 };
 
-// One-sided Jacobi: rotations from the right make the columns of G = A V orthogonal; sigma are their lengths, and
-// U = G / sigma. Values below eps squared of the largest entry become zeros, with zeros for the left vector.
+// A P = Q R by reflections, the longest of the columns that are left first: v holds the reflections below and at its
+// diagonal and R above, `diagonal` the diagonal of R, `column` the permutation. Rotations of R^T, whose columns fall in
+// length and are nearly orthogonal, then need few sweeps whatever the spectrum.
+template <class C, class Team>
+MK_BLOCK void pivoted_qr(Jacobi<C, Team>& work) {
+  const JacobiItem<C>& item = work.item;
+  const JacobiRoom<C>& room = work.room;
+  Team& team = work.team;
+  const int lanes = work.lanes, teams = team.size / lanes, p = item.p, s = item.s;
+  const auto at = [&](int j) { return room.v + j * room.v_stride; };
+  team.all([&](int thread) {
+    const int lane = thread % lanes;
+    for (int j = thread / lanes; j < s; j += teams) {
+      C squares = C(0);
+      for (int i = lane; i < p; i += lanes) squares = squares + at(j)[i] * at(j)[i];
+      room.part[j * lanes + lane] = squares;
+    }
+  });
+  for (int k = 0; k < s; ++k) {
+    team.all([&](int thread) {
+      if (thread >= k && thread < s) room.values[thread] = work.fold_lanes(room.part + thread * lanes);
+    });
+    team.all([&](int thread) {
+      if (thread >= 32) return;
+      int best = k + thread < s ? k + thread : k;
+      for (int j = best + 32; j < s; j += 32) best = room.values[j] > room.values[best] ? j : best;
+      room.best[thread] = best;
+    });
+    team.all([&](int thread) {
+      int best = room.best[0];
+      for (int i = 1; i < 32; ++i) {
+        const int other = room.best[i];
+        const C longest = room.values[best], length = room.values[other];
+        best = length > longest || (length == longest && other < best) ? other : best;
+      }
+      for (int i = thread; i < p; i += team.size) {
+        C x = at(best)[i];
+        if (i == k) {
+          const Reflection<C> r = reflection(x, room.values[best]);
+          room.diagonal[k] = r.diagonal;
+          room.weight[k] = r.weight;
+          x = r.pivot;
+          const int column = room.column[best];
+          room.column[best] = room.column[k];
+          room.column[k] = column;
+        }
+        if (best != k) at(best)[i] = at(k)[i];
+        at(k)[i] = x;
+      }
+    });
+    team.all([&](int thread) {
+      const int lane = thread % lanes;
+      for (int j = k + 1 + thread / lanes; j < s; j += teams) {
+        C dot = C(0);
+        for (int i = k + lane; i < p; i += lanes) dot = dot + at(k)[i] * at(j)[i];
+        room.part[j * lanes + lane] = dot;
+      }
+    });
+    team.all([&](int thread) {
+      if (thread > k && thread < s) room.values[thread] = room.weight[k] * work.fold_lanes(room.part + thread * lanes);
+    });
+    team.all([&](int thread) {
+      const int lane = thread % lanes;
+      for (int j = k + 1 + thread / lanes; j < s; j += teams) {
+        const C factor = room.values[j];
+        C squares = C(0);
+        for (int i = k + lane; i < p; i += lanes) {
+          const C x = at(j)[i] - factor * at(k)[i];
+          at(j)[i] = x;
+          squares = i == k ? squares : squares + x * x;
+        }
+        room.part[j * lanes + lane] = squares;
+      }
+    });
+  }
+  // g = P R^T: the rows of g are the columns of the input.
+  team.all([&](int thread) {
+    for (int e = thread; e < s * s; e += team.size) {
+      const int j = e % s, k = e / s;
+      const C x = j == k ? room.diagonal[k] : j > k ? at(j)[k] : C(0);
+      room.g[k * room.g_stride + room.column[j]] = room.weight[k] == C(0) ? C(0) : x;
+    }
+  });
+}
+
+// Makes v the first s columns of Q, from its reflections.
+template <class C, class Team>
+MK_BLOCK void form_q(Jacobi<C, Team>& work) {
+  const JacobiItem<C>& item = work.item;
+  const JacobiRoom<C>& room = work.room;
+  Team& team = work.team;
+  const int lanes = work.lanes, teams = team.size / lanes, p = item.p, s = item.s;
+  const auto at = [&](int j) { return room.v + j * room.v_stride; };
+  for (int k = s - 1; k >= 0; --k) {
+    // Column j > k is zero in row k and above.
+    team.all([&](int thread) {
+      const int lane = thread % lanes;
+      for (int j = k + 1 + thread / lanes; j < s; j += teams) {
+        C dot = C(0);
+        for (int i = k + 1 + lane; i < p; i += lanes) dot = dot + at(k)[i] * at(j)[i];
+        room.part[j * lanes + lane] = dot;
+      }
+    });
+    team.all([&](int thread) {
+      if (thread > k && thread < s) room.values[thread] = room.weight[k] * work.fold_lanes(room.part + thread * lanes);
+    });
+    team.all([&](int thread) {
+      for (int j = k + 1 + thread / lanes; j < s; j += teams) {
+        const C factor = room.values[j];
+        for (int i = k + thread % lanes; i < p; i += lanes)
+          at(j)[i] = (i == k ? C(0) : at(j)[i]) - factor * at(k)[i];
+      }
+    });
+    team.all([&](int thread) {
+      // The thread of row k alone reads and writes it; the others have it from `sum`.
+      if (thread == 0) room.sum[3] = room.weight[k] * at(k)[k];
+    });
+    team.all([&](int thread) {
+      const C factor = room.sum[3];
+      for (int i = k + thread; i < p; i += team.size)
+        at(k)[i] = i == k ? C(1) - factor * at(k)[i] : C(0) - factor * at(k)[i];
+    });
+  }
+}
+
+// One-sided Jacobi on R^T of A P = Q R: rotations J from the right make the columns of G = P R^T orthogonal. Their
+// lengths are sigma, V = G / sigma, U = Q J. Values below eps squared of the largest entry become zeros, with zeros for
+// the right vector.
 template <class C, class Team>
 MK_BLOCK void jacobi_svd(const JacobiItem<C>& item, const JacobiRoom<C>& room, Team& team) {
   Jacobi<C, Team> work(item, room, team);
-  const int lanes = work.lanes, pairs = work.pairs, teams = team.size / lanes, num = pairs * lanes;
+  const int lanes = work.lanes, pairs = work.pairs, teams = team.size / lanes, num = pairs * lanes, side = item.s;
   if (!work.template load<false>()) return work.refuse();
+  pivoted_qr(work);
+  const bool vectors = item.left.at != nullptr;
+  if (vectors) form_q(work);
   for (int sweep = 1; sweep <= kMaxSweeps; ++sweep) {
     for (int round = 0; round < work.rounds; ++round) {
       team.all([&](int thread) {
         const int lane = thread % lanes;
         for (int k = thread / lanes; k < pairs; k += teams) {
-          const Meeting at = meeting(item.s, round, k);
-          if (at.second >= item.s) continue;
+          const Meeting at = meeting(side, round, k);
+          if (at.second >= side) continue;
           const C *x = room.g + at.first * room.g_stride, *y = room.g + at.second * room.g_stride;
           C alpha = C(0), beta = C(0), gamma = C(0);
-          for (int i = lane; i < item.p; i += lanes) {
+          for (int i = lane; i < side; i += lanes) {
             const C a = x[i], b = y[i];
             alpha = alpha + a * a;
             beta = beta + b * b;
@@ -276,36 +415,32 @@ MK_BLOCK void jacobi_svd(const JacobiItem<C>& item, const JacobiRoom<C>& room, T
       team.all([&](int thread) {
         if (thread >= pairs) return;
         room.s[thread] = C(0);
-        if (meeting(item.s, round, thread).second >= item.s) return;
-        C sums[3];
-        MK_UNROLL
-        for (int q = 0; q < 3; ++q) {
-          const C* from = room.part + q * num + thread * lanes;
-          sums[q] = from[0];
-          for (int l = 1; l < lanes; ++l) sums[q] = sums[q] + from[l];
-        }
-        const C met = cosine(sums[0], sums[1], sums[2]);
+        if (meeting(side, round, thread).second >= side) return;
+        const C alpha = work.fold_lanes(room.part + thread * lanes);
+        const C beta = work.fold_lanes(room.part + num + thread * lanes);
+        const C gamma = work.fold_lanes(room.part + 2 * num + thread * lanes);
+        const C met = cosine(alpha, beta, gamma);
         room.worst[thread] = met > room.worst[thread] ? met : room.worst[thread];
         if (!needs_rotation(met)) return;
-        const Rotation<C> r = column_rotation(sums[0], sums[1], sums[2]);
+        const Rotation<C> r = smaller_rotation(alpha, beta, gamma);
         room.c[thread] = r.c;
         room.s[thread] = r.s;
       });
       team.all([&](int thread) {
         for (int k = thread / lanes; k < pairs; k += teams) {
           if (room.s[k] == C(0)) continue;
-          const Meeting at = meeting(item.s, round, k);
-          work.turn(room.g, room.g_stride, item.p, at, k, thread % lanes);
-          if (room.v != nullptr) work.turn(room.v, room.v_stride, item.s, at, k, thread % lanes);
+          const Meeting at = meeting(side, round, k);
+          work.turn(room.g, room.g_stride, side, at, k, thread % lanes);
+          if (vectors) work.turn(room.v, room.v_stride, item.p, at, k, thread % lanes);
         }
       });
     }
     if (work.finish_sweep(sweep)) break;
   }
   team.all([&](int thread) {
-    for (int j = thread / lanes; j < item.s; j += teams) {
+    for (int j = thread / lanes; j < side; j += teams) {
       C squares = C(0);
-      for (int i = thread % lanes; i < item.p; i += lanes) {
+      for (int i = thread % lanes; i < side; i += lanes) {
         const C x = room.g[j * room.g_stride + i];
         squares = squares + x * x;
       }
@@ -313,21 +448,19 @@ MK_BLOCK void jacobi_svd(const JacobiItem<C>& item, const JacobiRoom<C>& room, T
     }
   });
   team.all([&](int thread) {
-    if (thread >= item.s) return;
-    C squares = C(0);
-    for (int l = 0; l < lanes; ++l) squares = squares + room.part[thread * lanes + l];
-    const C length = root(squares);
+    if (thread >= side) return;
+    const C length = root(work.fold_lanes(room.part + thread * lanes));
     room.values[thread] = length > Precision<C>::kEps * Precision<C>::kEps ? length : C(0);
   });
   work.order_values();
-  work.write_right();
+  if (!vectors) return;
+  work.write_v(item.left);
   team.all([&](int thread) {
-    if (item.left.at == nullptr) return;
-    const bool down = item.left.rows <= item.left.columns;
-    for (int e = thread; e < item.p * item.s; e += team.size) {
-      const int i = down ? e % item.p : e / item.s, j = down ? e / item.p : e % item.s;
+    const bool down = item.right.rows <= item.right.columns;
+    for (int e = thread; e < side * side; e += team.size) {
+      const int i = down ? e % side : e / side, j = down ? e / side : e % side;
       const C value = room.values[j];
-      item.left(i, room.place[j]) = value > C(0) ? room.g[j * room.g_stride + i] / value : C(0);
+      item.right(i, room.place[j]) = value > C(0) ? room.g[j * room.g_stride + i] / value : C(0);
     }
   });
 }
@@ -337,10 +470,10 @@ template <class C, class Team>
 MK_BLOCK void jacobi_eigh(const JacobiItem<C>& item, const JacobiRoom<C>& room, Team& team) {
   Jacobi<C, Team> work(item, room, team);
   const int lanes = work.lanes, pairs = work.pairs, teams = team.size / lanes, side = item.s;
-  const auto at = [&](int i, int j) -> C& { return room.g[i > j ? i * (i + 1) / 2 + j : j * (j + 1) / 2 + i]; };
+  const auto at = [&](int i, int j) -> C& { return work.entry(i, j); };
   if (!work.template load<true>()) return work.refuse();
-  // Entries below eps / s of the norm sum to eps of it.
-  const C floor = root(room.sum[2]) / C(kSmallCosine * side);
+  // Entries below 8 eps / s of the norm sum to 8 eps of it.
+  const C floor = root(room.sum[2]) / C(side);
   for (int sweep = 1; sweep <= kMaxSweeps; ++sweep) {
     for (int round = 0; round < work.rounds; ++round) {
       team.all([&](int thread) {
@@ -390,7 +523,7 @@ MK_BLOCK void jacobi_eigh(const JacobiItem<C>& item, const JacobiRoom<C>& room, 
             ++further;
           }
         }
-        for (int k = thread / lanes; room.v != nullptr && k < pairs; k += teams)
+        for (int k = thread / lanes; k < pairs; k += teams)
           if (room.s[k] != C(0)) work.turn(room.v, room.v_stride, side, meeting(side, round, k), k, thread % lanes);
       });
     }
@@ -400,12 +533,12 @@ MK_BLOCK void jacobi_eigh(const JacobiItem<C>& item, const JacobiRoom<C>& room, 
     if (thread < side) room.values[thread] = at(thread, thread);
   });
   work.order_values();
-  work.write_right();
+  work.write_v(item.right);
 }
 
 template <class C, class Team>
 MK_BLOCK void jacobi_item(bool eigh, const JacobiItem<C>& item, std::uint8_t* memory, Team& team) {
-  const JacobiRoom<C> room(memory, eigh, item.p, item.s, item.right.at != nullptr, item.far);
+  const JacobiRoom<C> room(memory, eigh, item.p, item.s, item.far);
   if (eigh) {
     jacobi_eigh(item, room, team);
   } else {

@@ -208,11 +208,8 @@ def sweep(
 def jacobi_limit(device: int) -> int:
     """Bytes of shared memory that a block of the device may have."""
 
-def jacobi_room(eigh: bool, p: int, s: int, right: bool, far: bool, compute: int) -> tuple[int, int]:
-    """(threads, bytes of shared memory) for one p x s matrix, p >= s.
-
-    right : the right vectors are wanted. far : they are held in global memory.
-    """
+def jacobi_room(eigh: bool, p: int, s: int, far: bool, compute: int) -> tuple[int, int]:
+    """(threads, bytes of shared memory) for one p x s matrix, p >= s. far : it is held in global memory."""
 
 # (matrix, its strides; left, strides; right, strides; values; far; report; p, s), strides of rows and columns
 JacobiItem = tuple[int, int, int, int, int, int, int, int, int, int, int, int, int, int]
@@ -220,13 +217,11 @@ JacobiItem = tuple[int, int, int, int, int, int, int, int, int, int, int, int, i
 def jacobi_table(items: list[JacobiItem], compute: int) -> bytes:
     """The items of one launch as they lie in device memory. Addresses are 0 for what is not wanted.
 
-    left : p x s, not of eigenproblems; right : s x s; values : [s]; far : room for s x s numbers, where the right
-    vectors do not fit on the chip; report : float64 [2], sweeps (0 not converged, -1 NaN or Inf) and largest cosine.
+    left : p x s, not of eigenproblems; right : s x s; values : [s]; far : room for p x s numbers, where a matrix
+    does not fit on the chip; report : float64 [2], sweeps (0 not converged, -1 NaN or Inf) and largest cosine.
     """
 
-def jacobi(
-    eigh: bool, items: int, count: int, compute: int, threads: int, size: int, device: int, queue: int
-) -> None:
+def jacobi(eigh: bool, items: int, count: int, compute: int, threads: int, size: int, device: int, queue: int) -> None:
     """Decompose `count` matrices of one number of threads, one block each. size : bytes of shared memory."""
 
 def devices() -> tuple[int, str]:

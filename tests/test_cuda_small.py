@@ -1,0 +1,79 @@
+"""The small decompositions of the CUDA module: compiled for the host here, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from cuda_host_module import build
+from jacobi_cases import *  # noqa: F403
+from mergekernels._backends import _cuda_launches as launches
+from mergekernels._backends import cuda_small
+
+DEVICE = torch.device("cuda:0")
+REASON = cuda_small.why_not(DEVICE)
+
+
+@pytest.fixture(scope="session")
+def host_module(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return build(tmp_path_factory)
+
+
+@pytest.fixture(params=["host", "cuda"])
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    cuda_small._limit.cache_clear()
+    if request.param == "cuda":
+        if REASON is not None:
+            pytest.skip(f"cuda: {REASON}")
+        return str(DEVICE)
+    module = request.getfixturevalue("host_module")
+    monkeypatch.setattr(launches, "native", lambda: module)
+    monkeypatch.setattr(launches, "queue_of", lambda x: (0, 0))
+    return "cpu"
+
+
+def test_host_and_device_have_the_same_bits(host_module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps are the same, and so is every operation in them."""
+    if REASON is not None:
+        pytest.skip(f"cuda: {REASON}")
+    inputs = [matrix(p, s, "flat", p) for p, s in ((5, 5), (40, 30), (100, 60))]  # noqa: F405
+    on_device = cuda_small.small_svd_batch([m.to(DEVICE) for m in inputs])
+    values = cuda_small.small_eigh_batch([(m.t() @ m).to(DEVICE) for m in inputs])
+    monkeypatch.setattr(launches, "native", lambda: host_module)
+    monkeypatch.setattr(launches, "queue_of", lambda x: (0, 0))
+    for (u, s, vh, info), (u1, s1, vh1, info1) in zip(on_device, cuda_small.small_svd_batch(inputs), strict=True):
+        assert u is not None and vh is not None and u1 is not None and vh1 is not None
+        assert torch.equal(u.cpu(), u1) and torch.equal(s.cpu(), s1) and torch.equal(vh.cpu(), vh1) and info == info1
+    for (v, w, _), (v1, w1, _) in zip(values, cuda_small.small_eigh_batch([m.t() @ m for m in inputs]), strict=True):
+        assert torch.equal(v.cpu(), v1) and torch.equal(w.cpu(), w1)
+
+
+def test_many_matrices_at_once(target: str) -> None:
+    """More blocks than a device runs side by side, of shapes that share launches."""
+    count = 2000 if target != "cpu" else 60
+    shapes = list(itertools.islice(itertools.cycle([(16, 16), (24, 8), (8, 24), (40, 40)]), count))
+    inputs = [matrix(p, s, "gaps", i) for i, (p, s) in enumerate(shapes)]  # noqa: F405
+    for m, (u, s, vh, info) in zip(inputs, cuda_small.small_svd_batch([m.to(target) for m in inputs]), strict=True):
+        assert u is not None and vh is not None and info.sweeps > 0
+        check_svd(m, (u, s, vh), 1e-13)  # noqa: F405
+
+
+def test_binding_refuses_what_would_crash(host_module: Any) -> None:
+    good = (64, 1, 1, 0, 0, 0, 0, 0, 0, 64, 0, 64, 3, 2)
+    assert len(host_module.jacobi_table([good, good], 3)) == 2 * len(host_module.jacobi_table([good], 3))
+    for place, value in ((0, 0), (9, 0), (11, 0), (12, 1), (12, 129), (13, 0)):
+        with pytest.raises(ValueError):
+            host_module.jacobi_table([(*good[:place], value, *good[place + 1 :])], 3)
+    for call in (
+        (False, 0, 1, 3, 32, 64),
+        (False, 64, 0, 3, 32, 64),
+        (False, 64, 1, 3, 64, 64),
+        (False, 64, 1, 3, 32, 0),
+    ):
+        with pytest.raises(ValueError):
+            host_module.jacobi(*call, 0, 0)
+    with pytest.raises(ValueError, match="128 >= p >= s >= 1"):
+        host_module.jacobi_room(True, 4, 3, False, 3)
