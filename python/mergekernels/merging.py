@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,7 +25,7 @@ from .tensors import F64, promote
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Call", "merge", "merge_one", "output_dtype"]
+__all__ = ["Call", "deliver", "matrix_dtype", "merge", "merge_one", "output_dtype", "outputs"]
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def merge_one(
     if coeffs is None:
         coeffs = resolve_scope(call.method, [spec], [inputs], backend, call.threads, call.nan)
     dtype = output_dtype(spec, inputs, out_dtype)
-    outs = _outputs(inputs, dtype, out)
+    outs = outputs(inputs, dtype, out)
     run_program(call.method.apply(spec, coeffs), inputs, outs, backend, call.threads, call.nan)
     return outs if inputs.sharded else outs[0]
 
@@ -201,7 +201,13 @@ def output_dtype(spec: Spec, inputs: Inputs, asked: torch.dtype | None) -> torch
     return asked
 
 
-def _outputs(inputs: Inputs, dtype: torch.dtype, out: Any) -> list[torch.Tensor]:
+def outputs(inputs: Inputs, dtype: torch.dtype, out: Any) -> list[torch.Tensor]:
+    """New tensors shaped like the shards, or `out`, checked.
+
+    Raises
+    ------
+    ArgumentError
+    """
     import torch
 
     if out is None:
@@ -243,6 +249,7 @@ def merge(
     shard_dim: int = 0,
     then: Then = (),
     block: tuple[int, int] | None = None,
+    report: MutableMapping[str, Any] | None = None,
     **params: Any,
 ) -> Any:
     """Merge one tensor from several models.
@@ -264,22 +271,73 @@ def merge(
     shard_dim : the dimension along which lists of shards are cut: 0 rows (default), 1 columns, and so on.
     then : modifiers of the merged task vector, [("lines", {"alpha": 0.2})].
     block : (number of the layer block that the tensor belongs to, number of blocks), None outside the blocks.
+    report : a mapping that a method over matrices (tsv_m, iso_c, regmean ...) fills: name -> rank, route, residual and
+        so on. Such methods run through torch and take neither `backend`, `then` nor nan="propagate".
     params : the method's own parameters (density=0.2, scale=0.5), one value or one per model where the method says so.
 
     Returns
     -------
-    A new tensor, or a list of shards cut like the inputs; the same bits for every backend, thread count and cut.
+    A new tensor, or a list of shards cut like the inputs; the same bits for every backend, thread count and cut
+    (methods over matrices, of tier T2: within their bound).
     Scope "model" of a method means this tensor alone here. No gradient flows.
 
     Raises
     ------
     ArgumentError, BackendError, DataError : before anything is computed, except for what only the data can show.
     """
+    from .matrices import is_matrix_method
+
+    if is_matrix_method(method):
+        return _merge_matrix(
+            tensors, method, base, weights, name, seed, dialect, nan, out_dtype, backend, out, threads, shard_dim, then,
+            report, params,
+        )  # fmt: skip
     call = Call.of(method, params, weights, dialect, nan, seed, backend, threads, shard_dim, then)
     if block is not None:
         call = replace(call, blocks={name: _checked_block(block)})
     inputs = call.inputs(tensors, base, call.companions, name)
     return merge_one(call, call.spec(inputs), inputs, None, out_dtype, out)
+
+
+def _merge_matrix(
+    tensors: Any, method: str, base: Any, weights: Any, name: str, seed: int, dialect: str, nan: str,
+    out_dtype: torch.dtype | None, backend: str | None, out: Any, threads: int | None, shard_dim: int, then: Then,
+    report: MutableMapping[str, Any] | None, params: Mapping[str, Any],
+) -> Any:  # fmt: skip
+    from .matrices import MatrixCall, resolved, using_threads
+
+    if not isinstance(tensors, (list, tuple)):
+        gather(tensors, base, name, shard_dim)  # refuses what is no list of tensors
+    models = list(tensors)
+    call = MatrixCall.of(
+        method, params, weights, len(models), base is not None, dialect, nan, seed, backend, shard_dim, then
+    )
+    with using_threads(threads):
+        task = call.task(models, base, call.companions, name)
+        dtype = matrix_dtype(task.inputs, out_dtype)
+        outs = outputs(task.inputs, dtype, out)
+        state = resolved(call, lambda: [task])
+        deliver(task.merged(state, dtype, report), outs, shard_dim)
+    return outs if task.inputs.sharded else outs[0]
+
+
+def matrix_dtype(inputs: Inputs, asked: torch.dtype | None) -> torch.dtype:
+    """The dtype asked for, else the promoted one of models and base."""
+    if asked is None:
+        asked = torch_dtype(promote([v.dtype for v in inputs.all_views]))
+    check_out_dtype(asked, inputs.name)
+    return asked
+
+
+def deliver(whole: torch.Tensor, outs: Sequence[torch.Tensor], dim: int) -> None:
+    """Write a whole tensor into its shards."""
+    start = 0
+    for target in outs:
+        if len(outs) == 1:
+            target.copy_(whole)
+            return
+        target.copy_(whole.narrow(dim, start, target.shape[dim]))
+        start += target.shape[dim]
 
 
 def _checked_block(block: Any) -> tuple[int, int]:

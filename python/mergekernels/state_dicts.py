@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,8 +15,9 @@ from ._methods.protocol import Coeffs, Spec
 from ._rounds import resolve_scope
 from ._small import SmallTensors
 from .errors import ArgumentError, DataError, InputError
-from .merging import Call, merge_one
-from .ops.inputs import Inputs, check_name
+from .matrices import MatrixCall, Task, check_layouts, is_matrix_method, resolved, using_threads
+from .merging import Call, deliver, matrix_dtype, merge_one, outputs
+from .ops.inputs import Inputs, check_name, joined_shape
 from .ops.selection import Scope
 from .tensors import F32, F64, DType
 
@@ -42,6 +43,7 @@ def merge_state_dicts(
     threads: int | None = None,
     shard_dim: int = 0,
     then: Then = (),
+    report: MutableMapping[str, Any] | None = None,
     **params: Any,
 ) -> dict[str, Any]:
     """Merge state dicts of one architecture.
@@ -56,6 +58,7 @@ def merge_state_dicts(
 
     then : modifiers of the merged task vector, [("lines", {"alpha": 0.2})]. The layer blocks are those that the names
         show (`model.layers.7.mlp...`); a modifier's parameter may say otherwise.
+    report : a mapping that a method over matrices fills, tensor name -> rank, route, residual and so on.
 
     The other parameters are those of `mergekernels.merge`; each tensor's own name enters its random words. Scope
     "model" counts over all float tensors.
@@ -71,11 +74,14 @@ def merge_state_dicts(
     if isinstance(models, Mapping) or not isinstance(models, Iterable):
         raise ArgumentError("the models are not a list of state dicts", code="models.type", got=type(models).__name__)
     models = list(models)
+    if is_matrix_method(method):
+        return _merge_matrices(
+            models, method, base, weights, seed, dialect, nan, out_dtype, backend, threads, shard_dim, then, report,
+            params,
+        )  # fmt: skip
     call = Call.of(method, params, weights, dialect, nan, seed, backend, threads, shard_dim, then)
     everything = [*models] if base is None else [base, *models]
-    for i, m in enumerate(everything):
-        if not (hasattr(m, "keys") and hasattr(m, "__getitem__")):
-            raise ArgumentError(f"state dict {i} is not a mapping", code="models.type", got=type(m).__name__)
+    _are_mappings(everything)
     call.check_arity(len(models), base is not None)
     companions = _companions(call, len(models))
     labels = (["the base"] if base is not None else []) + [f"model {i}" for i in range(len(models))]
@@ -105,6 +111,79 @@ def merge_state_dicts(
         result[name] = merge_one(call, spec, inputs, coeffs, out_dtype) if shared is None else shared
     small.flush()
     return result
+
+
+def _are_mappings(everything: Sequence[Any], what: str = "state dict") -> None:
+    for i, m in enumerate(everything):
+        if not (hasattr(m, "keys") and hasattr(m, "__getitem__")):
+            raise ArgumentError(f"{what} {i} is not a mapping", code="models.type", got=type(m).__name__)
+
+
+def _merge_matrices(
+    models: Sequence[Any], method: str, base: Any, weights: Any, seed: int, dialect: str, nan: str,
+    out_dtype: torch.dtype | None, backend: str | None, threads: int | None, shard_dim: int, then: Then,
+    report: MutableMapping[str, Any] | None, params: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """The merge with a method over matrices."""
+    call = MatrixCall.of(
+        method, params, weights, len(models), base is not None, dialect, nan, seed, backend, shard_dim, then
+    )
+    everything = [*models] if base is None else [base, *models]
+    _are_mappings(everything)
+    _are_mappings(call.companions, call.method.info.companions)
+    labels = (["the base"] if base is not None else []) + [f"model {i}" for i in range(len(models))]
+    _same_names(everything, labels)
+    order = list(everything[0].keys())
+    extra = [f"{call.method.info.companions} {i}" for i in range(len(call.companions))]
+    _no_strangers(call.companions, extra, order)
+    shapes = {}
+    for name in order:
+        value = everything[0][name]
+        if _is_float([value], name):
+            parts = list(value) if isinstance(value, (list, tuple)) else [value]
+            shapes[name] = joined_shape([tuple(p.shape) for p in parts], shard_dim)
+    check_layouts(call, shapes)
+
+    def task(name: str) -> Task:
+        companions = [c[name] if name in c.keys() else None for c in call.companions]  # noqa: SIM118
+        found = _Read(name, [m[name] for m in models], None if base is None else base[name], companions)
+        if not found.is_float:  # the first input's was
+            raise InputError("some inputs hold floats, others integers", code="tensor.dtype", tensor=name)
+        return call.task(found.models, found.base, companions, name)
+
+    result: dict[str, Any] = {}
+    with using_threads(threads):
+        state = resolved(call, lambda: (task(name) for name in shapes))
+        for name in order:
+            if name not in shapes:
+                found = _Read(name, [m[name] for m in models], None if base is None else base[name], [])
+                result[name] = _integer(found.models, found.base, name)
+                continue
+            one = task(name)
+            dtype = matrix_dtype(one.inputs, out_dtype)
+            outs = outputs(one.inputs, dtype, None)
+            deliver(one.merged(state, dtype, report), outs, shard_dim)
+            result[name] = outs if one.inputs.sharded else outs[0]
+    return result
+
+
+def _no_strangers(companions: Sequence[Any], labels: Sequence[str], order: Sequence[str]) -> None:
+    """Refuse what accompanies no tensor of the models, or accompanies it in some models only."""
+    known, first = set(order), None
+    for label, c in zip(labels, companions, strict=True):
+        names = set(c.keys())
+        first = names if first is None else first
+        if not names <= known:
+            raise InputError(
+                f"{label} names tensors that the models lack: " + ", ".join(sorted(names - known)[:5]), code="names"
+            )
+        if names != first:
+            raise InputError(
+                f"{label} and {labels[0]} name different tensors: " + ", ".join(sorted(names ^ first)[:5]),
+                code="names",
+            )
+    if first is not None and not first:
+        raise InputError(f"{labels[0]} is empty: no tensor would be merged with it", code="names")
 
 
 def _companions(call: Call, num_models: int) -> list[Mapping[str, Any]]:

@@ -27,7 +27,17 @@ from .protocol import MethodInfo
 if TYPE_CHECKING:
     from ..adapters.model import Delta, Factors
 
-__all__ = ["Again", "Asking", "MatrixMethod", "MatrixSpec", "Merged", "Wants", "folds_scale", "measured_state"]
+__all__ = [
+    "Again",
+    "Asking",
+    "MatrixMethod",
+    "MatrixSpec",
+    "Merged",
+    "Wants",
+    "folds_scale",
+    "measured_state",
+    "misfits",
+]
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,7 @@ class MatrixSpec:
     name : of the output tensor or module. shape : (m, n). params : recipe name -> value, every parameter present;
     per-model parameters are tuples of num_models values. tensor : 32-bit id of the name, for Philox. scales : of
     adapters, the scale of each in this module (alpha / r; 1 where it lacks the module), in b unless `Wants.raw`.
+    plain : a tensor that is no matrix to the method, as one row (`spectral.layout`).
     """
 
     name: str
@@ -47,6 +58,7 @@ class MatrixSpec:
     seed: int = 0
     tensor: int = 0
     scales: tuple[float, ...] = ()
+    plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,7 +114,12 @@ class MatrixMethod(Protocol):
     `info.takes` says whether it merges full models, adapters or both. Task vectors arrive in the order of the models,
     dense (float32 or float64) or as Factors, not weighted: `params["weight"]` holds the models' weights where the
     method has them, and each method puts them where its formula does. A module that a model does not change, or an
-    adapter lacks, arrives as Factors of rank 0. Exactness: T2.
+    adapter lacks, arrives as Factors of rank 0. A method with `info.base` "input" gets the models' own matrices, and
+    with `info.companions` behind them what accompanies each; its result is the weight. Exactness: T2.
+
+    Two functions are optional: `fits(spec) -> list[str]`, sentences about why no matrix of this shape can be merged,
+    asked before work starts; and `merge_plain(spec, deltas, state)`, as `merge`, for tensors that are no matrices to
+    the method, which otherwise get their mean. In scope "model" a method with `merge_plain` measures these too.
     """
 
     info: MethodInfo
@@ -158,3 +175,9 @@ def folds_scale(params: Mapping[str, Any], dialect: str) -> bool:
         return True
     asked = params["fold_scale"]
     return dialect != "code" if asked is None else bool(asked)
+
+
+def misfits(method: MatrixMethod, spec: MatrixSpec) -> list[str]:
+    """Sentences about why `method` cannot merge a matrix of this shape with these parameters."""
+    fits = getattr(method, "fits", None)
+    return [] if fits is None else list(fits(spec))

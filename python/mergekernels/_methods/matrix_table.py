@@ -16,8 +16,14 @@ from .adapters.lori import Lori
 from .adapters.pruned import PRUNED
 from .adapters.robust_merge import RobustMerge
 from .matrix import MatrixMethod
+from .spectral.iso import IsoC, IsoCts
 from .spectral.knots import Knots
 from .spectral.lore import Lore
+from .spectral.low_rank import LowRankSum
+from .spectral.opcm import Opcm
+from .spectral.regmean import RegMean
+from .spectral.star import Star
+from .spectral.tsv_m import TsvM
 
 __all__ = ["get_matrix", "matrix_names"]
 
@@ -33,6 +39,13 @@ _ALL: tuple[MatrixMethod, ...] = (
     Lori(),
     FromNorm(),
     Lore(),
+    TsvM(),
+    IsoC(),
+    IsoCts(),
+    Opcm(),
+    Star(),
+    LowRankSum(),
+    RegMean(),
 )
 
 

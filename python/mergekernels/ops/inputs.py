@@ -15,7 +15,7 @@ from ..tensors import DType, Piece, TensorView, compute_dtype, tensor_id
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Inputs", "check_name", "gather", "num_threads"]
+__all__ = ["Inputs", "check_name", "gather", "joined_shape", "num_threads"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def gather(models: Sequence[Any], base: Any, name: str, shard_dim: int, names: S
         cuts is not None,
         pieces,
         tuple(tuple(s) for s in shards),
-        _shape([tuple(shard[0].shape) for shard in shards], shard_dim),
+        joined_shape([tuple(shard[0].shape) for shard in shards], shard_dim),
         tuple(labels[: len(models)]),
     )
 
@@ -110,7 +110,8 @@ def check_name(name: Any) -> None:
         raise ArgumentError("name is not a tensor's name", code="name", expected="a string of Unicode", got=repr(name))
 
 
-def _shape(shapes: list[tuple[int, ...]], dim: int) -> tuple[int, ...]:
+def joined_shape(shapes: list[tuple[int, ...]], dim: int) -> tuple[int, ...]:
+    """Shape of the tensor whose shards along `dim` have these shapes."""
     if len(shapes) == 1:
         return shapes[0]
     return (*shapes[0][:dim], sum(shape[dim] for shape in shapes), *shapes[0][dim + 1 :])

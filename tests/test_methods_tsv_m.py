@@ -1,0 +1,130 @@
+"""tsv_m against the formula in float64, and what its definition implies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mergekernels as mk
+import spectral_brute as brute
+from mergekernels._methods.arguments import bind_matrix
+from mergekernels._methods.matrix import MatrixSpec, Merged
+from mergekernels._methods.matrix_table import get_matrix
+from mergekernels.adapters.model import Factors
+
+SHAPES = [(40, 40), (64, 24), (24, 64)]
+
+
+def merged(deltas, **arguments) -> Merged:
+    method = get_matrix("tsv_m", "models")
+    params = bind_matrix(method, arguments, len(deltas), "default")
+    shape = deltas[0].shape
+    return method.merge(MatrixSpec("w", (int(shape[0]), int(shape[1])), len(deltas), params), deltas)
+
+
+def dense(found: Merged) -> torch.Tensor:
+    return found.delta.dense() if isinstance(found.delta, Factors) else found.delta
+
+
+def lora(m: int, n: int, r: int, seed: int, dtype=torch.float32) -> Factors:
+    g = torch.Generator().manual_seed(seed)
+    return Factors(torch.randn(m, r, generator=g).to(dtype), torch.randn(r, n, generator=g).to(dtype))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", list(brute.spectra(8)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_formula(shape, kind, dtype):
+    q = min(shape)
+    deltas = [brute.with_spectrum(*shape, brute.spectra(q)[kind], 10 + t, dtype) for t in range(4)]
+    found = merged(deltas)
+    # 5e-5 is the promise without a gap at the cut; an ill-conditioned U_cat costs its condition.
+    assert brute.error(dense(found), brute.tsv_m(deltas)) < (5e-5 if dtype == torch.float32 else 1e-7)
+    assert found.report["k"] == [q // 4] * 4
+
+
+def test_transpose():
+    deltas = [brute.with_spectrum(48, 32, brute.spectra(32)["gap"], t, torch.float32) for t in range(4)]
+    there, back = dense(merged(deltas)), dense(merged([d.T.contiguous() for d in deltas]))
+    assert brute.error(back.T, there) < 1e-5
+
+
+def test_equivariance_order_and_scale():
+    deltas = [brute.with_spectrum(48, 32, brute.spectra(32)["gap"], t, torch.float32) for t in range(4)]
+    q = torch.linalg.qr(torch.randn(48, 48, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).Q.float()
+    p = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)).Q.float()
+    plain = dense(merged(deltas))
+    assert brute.error(dense(merged([q @ d @ p for d in deltas])), q @ plain @ p) < 1e-5
+    assert brute.error(dense(merged([deltas[i] for i in (2, 0, 3, 1)])), plain) < 1e-5
+    assert brute.error(dense(merged([3.0 * d for d in deltas])), 3.0 * plain) < 1e-5
+    assert brute.error(dense(merged(deltas, weights=3.0)), 3.0 * plain) < 1e-5
+
+
+def test_one_task_and_equal_tasks():
+    one = brute.with_spectrum(24, 16, brute.spectra(16)["flat"], 3, torch.float32)
+    assert torch.equal(dense(merged([one])), one)
+    low = brute.with_spectrum(24, 16, [3.0, 2.0, 1.0], 3, torch.float32)
+    # Four equal tasks of rank 3 <= 16 / 4 give the task, not four times it.
+    assert brute.error(dense(merged([low] * 4)), low) < 1e-5
+
+
+def test_orthogonal_tasks_add_up():
+    basis = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(5), dtype=torch.float64)).Q
+    other = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(6), dtype=torch.float64)).Q
+    parts = [slice(8 * t, 8 * t + 8) for t in range(4)]
+    deltas = [(basis[:, p] * torch.linspace(2, 1, 8).double() @ other[:, p].T).float() for p in parts]
+    assert brute.error(dense(merged(deltas)), sum(deltas)) < 1e-5
+
+
+@pytest.mark.parametrize("ranks", [[4, 4, 4], [2, 5, 3], [16, 4, 12]])
+def test_factors_equal_dense(ranks):
+    factors = [lora(60, 44, r, t) for t, r in enumerate(ranks)]
+    exact = brute.tsv_m([f.b.double() @ f.a.double() for f in factors])
+    found = merged(factors)
+    assert isinstance(found.delta, Factors)
+    assert found.delta.rank == sum(min(r, 44 // 3) for r in ranks)
+    assert brute.error(found.delta.dense(), exact) < 1e-5
+    assert brute.error(dense(merged([f.dense() for f in factors])), exact) < 5e-5
+    # Factors beside a dense task are multiplied out.
+    mixed = merged([factors[0].dense(), *factors[1:]])
+    assert not isinstance(mixed.delta, Factors)
+    assert brute.error(mixed.delta, exact) < 5e-5
+
+
+def test_zero_tasks_count_unless_told():
+    deltas = [brute.with_spectrum(24, 18, brute.spectra(18)["gap"], t, torch.float32) for t in range(2)]
+    zero = Factors(torch.zeros(24, 0), torch.zeros(0, 18))
+    found = merged([*deltas, zero])
+    assert found.report["k"] == [6, 6]
+    assert brute.error(dense(found), brute.tsv_m([*deltas, torch.zeros(24, 18)])) < 5e-5
+    assert torch.equal(dense(found), dense(merged([*deltas, torch.zeros(24, 18)])))
+    alone = merged([*deltas, zero], count_zero=False)
+    assert alone.report["k"] == [9, 9]
+    assert torch.equal(dense(alone), dense(merged(deltas)))
+    nothing = merged([zero, zero])
+    assert nothing.delta.rank == 0
+    assert not nothing.delta.dense().any()
+
+
+def test_dims_rank():
+    factors = [lora(40, 32, 8, t) for t in range(2)]
+    found = merged(factors, dims="rank")
+    assert found.report["k"] == [4, 4]
+    parts = [brute.svd(f.dense()) for f in factors]
+    u, s, v = (torch.cat([p[i][..., :4] for p in parts], -1) for i in range(3))
+    assert brute.error(dense(found), brute.polar(u) @ torch.diag(s) @ brute.polar(v).T) < 1e-5
+    with pytest.raises(mk.MergeError, match=r"tensor 'w': k = floor\(rank / T\) is 0; expected task vectors of rank 2"):
+        merged([lora(40, 32, 1, t) for t in range(2)], dims="rank")
+
+
+def test_more_tasks_than_directions():
+    w = [torch.randn(3, 9, generator=torch.Generator().manual_seed(t)) for t in range(4)]
+    with pytest.raises(mk.MergeError, match=r"tensor 'narrow': tsv_m: k = floor\(q / T\) is 0.*at least 4; got 3"):
+        mk.merge(w, "tsv_m", base=torch.zeros(3, 9), name="narrow")
+    plain = mk.merge(w, "tsv_m", base=torch.zeros(3, 9), name="narrow", exclude="narrow")
+    torch.testing.assert_close(plain, torch.stack(w).mean(0))
+
+
+def test_repeat_gives_the_same_bits():
+    deltas = [torch.randn(40, 40, generator=torch.Generator().manual_seed(t)) for t in range(3)]
+    assert torch.equal(dense(merged(deltas)), dense(merged(deltas)))
