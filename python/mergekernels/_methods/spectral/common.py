@@ -23,6 +23,7 @@ __all__ = [
     "EXCLUDE",
     "EXPERTS",
     "LAMBDA",
+    "MANY",
     "MEAN_OVER",
     "RANK_TOL",
     "WEIGHT",
@@ -35,6 +36,9 @@ __all__ = [
     "nothing",
     "tasks_of",
 ]
+
+MANY = 1 << 20
+"""max_models of methods that have no limit of their own: adapters may be many, models are at most 64 per call."""
 
 WEIGHT = Param(
     "weight",

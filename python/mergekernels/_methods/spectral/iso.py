@@ -15,6 +15,7 @@ from .common import (
     EXCLUDE,
     EXPERTS,
     LAMBDA,
+    MANY,
     MEAN_OVER,
     RANK_TOL,
     WEIGHT,
@@ -45,7 +46,7 @@ class IsoC(Spectral):
         "side; polar(S) = U V^T on the support of S. Tensors that are no matrices: the mean, not the sum",
         params=(WEIGHT, LAMBDA, MEAN_OVER, EXCLUDE, CONV, EXPERTS, RANK_TOL),
         base="required",
-        max_models=64,
+        max_models=MANY,
         tier="T2",
         passes="1 read of the models and the base, 1 write; one polar factor; adapters: none of their matrices is "
         "multiplied out",
@@ -118,7 +119,7 @@ class IsoCts(Spectral):
             RANK_TOL,
         ),
         base="required",
-        max_models=64,
+        max_models=MANY,
         tier="T2",
         passes="1 read of the models and the base, 1 write; one decomposition of the sum, one dominant subspace per "
         "task, two polar factors; adapters: in the core of their factors",

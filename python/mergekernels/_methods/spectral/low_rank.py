@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..matrix import MatrixSpec, Merged
 from ..protocol import MethodInfo, Param
-from .common import CONV, EXCLUDE, EXPERTS, LAMBDA, WEIGHT, Spectral, nothing, tasks_of
+from .common import CONV, EXCLUDE, EXPERTS, LAMBDA, MANY, WEIGHT, Spectral, nothing, tasks_of
 
 if TYPE_CHECKING:
     from ...adapters.model import Delta
@@ -34,7 +34,7 @@ class LowRankSum(Spectral):
             EXPERTS,
         ),
         base="required",
-        max_models=64,
+        max_models=MANY,
         tier="T2",
         passes="1 read of the models and the base, 1 write; one dominant subspace per task",
         source="Eckart and Young 1936",

@@ -14,6 +14,7 @@ from .common import (
     EXCLUDE,
     EXPERTS,
     LAMBDA,
+    MANY,
     RANK_TOL,
     Spectral,
     core_of,
@@ -78,7 +79,7 @@ class Opcm(Spectral):
             RANK_TOL,
         ),
         base="required",
-        max_models=64,
+        max_models=MANY,
         tier="T2",
         passes="2 reads of the models and the base (norms over the whole model, then the merge), 1 write; in each read "
         "one symmetric decomposition per matrix and model",

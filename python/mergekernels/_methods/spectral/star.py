@@ -13,6 +13,7 @@ from .common import (
     EXCLUDE,
     EXPERTS,
     LAMBDA,
+    MANY,
     RANK_TOL,
     WEIGHT,
     Spectral,
@@ -51,7 +52,7 @@ class Star(Spectral):
             RANK_TOL,
         ),
         base="required",
-        max_models=64,
+        max_models=MANY,
         tier="T2",
         passes="1 read of the models and the base, 1 write; one symmetric decomposition per task; adapters: in "
         "factors, rank sum of k_t",

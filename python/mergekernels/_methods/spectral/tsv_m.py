@@ -15,6 +15,7 @@ from .common import (
     EXCLUDE,
     EXPERTS,
     LAMBDA,
+    MANY,
     RANK_TOL,
     WEIGHT,
     Spectral,
@@ -44,7 +45,7 @@ class TsvM(Spectral):
         "Tensors that are no matrices: mean",
         params=(WEIGHT, LAMBDA, DIMS, COUNT_ZERO, EXCLUDE, CONV, EXPERTS, RANK_TOL),
         base="required",
-        max_models=64,
+        max_models=MANY,
         tier="T2",
         passes="1 read of the models and the base, 1 write; one dominant subspace per task and two polar factors, no "
         "singular value decomposition; adapters: none of their matrices is multiplied out",
