@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_cases import adapters, error, site
-from cli_process import call, events
 from typer.testing import CliRunner
 
 import mergekernels as mk
+from adapter_cases import adapters, error, site
+from cli_process import call, events
 from mergekernels.cli.app import app
 
 SITES = [site("layers.0.q", 24, 16), site("embed", 12, 30, "embedding")]
