@@ -322,6 +322,23 @@ def test_saved_and_reloaded_is_the_same(tmp_path: Path) -> None:
     assert torch.equal(mapping.delta("conv"), merged.delta("conv"))
 
 
+def test_kohya_files(tmp_path: Path) -> None:
+    group = adapters(2, [SITES[0], SITES[3]], [2, 3], alpha=5.0)
+    merged = mk.merge_adapters(group, "svd", rank=2)
+    merged.save(tmp_path / "merged.safetensors", form="kohya")
+    base = {s.weight: s.weight_shape for s in SITES}
+    again = mk.merge_adapters([tmp_path / "merged.safetensors"], "cat", base=base)
+    for name in merged.modules:
+        assert torch.equal(again.delta(name), merged.delta(name))
+    with pytest.raises(OutputError):
+        merged.save(tmp_path / "merged.safetensors", form="kohya")
+    with pytest.raises(ArgumentError, match="unknown form"):
+        merged.save(tmp_path / "other", form="bin")  # type: ignore[arg-type]
+    head = Adapter("head", group[0].modules, extras={"head.weight": lambda: torch.ones(3)})
+    with pytest.raises(ArgumentError, match="holds no replaced tensors"):
+        mk.merge_adapters([head], "cat").save(tmp_path / "head.safetensors", form="kohya")
+
+
 @pytest.mark.parametrize(
     ("options", "code"),
     [

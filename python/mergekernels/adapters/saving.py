@@ -58,18 +58,37 @@ def provenance(merged: MergedAdapter) -> dict[str, Any]:
 
 def save(merged: MergedAdapter, path: str | PathLike[str], form: str, *, overwrite: bool) -> None:
     """See `MergedAdapter.save`."""
-    if form == "peft":
-        from ..formats.adapters.write_peft import write_peft
+    from ..formats.adapters import kohya_names, write_kohya, write_peft
 
+    check_target(path, form, overwrite=overwrite)
+    modules = dict(merged.modules.values())
+    metadata = provenance(merged)
+    if form == "peft":
         write_peft(
             path,
-            dict(merged.modules.values()),
+            modules,
             base_name=merged.base,
             dtype=merged.dtype,
-            metadata=provenance(merged),
+            metadata=metadata,
             extras=merged.extras,
             config=merged.inherited,
             overwrite=overwrite,
         )
         return
-    raise ArgumentError("unknown form of adapter file", code="form", expected="'peft' or 'kohya'", got=repr(form))
+    if merged.extras:
+        raise ArgumentError(
+            "a kohya file holds no replaced tensors (modules_to_save)",
+            code="form",
+            expected="form 'peft'",
+            got=", ".join(list(merged.extras)[:4]),
+        )
+    names = {module: name for source in merged.sources for module, name in kohya_names(source).items()}
+    write_kohya(
+        path,
+        modules,
+        names=names,
+        base_name=merged.base,
+        dtype=merged.dtype,
+        metadata=metadata,
+        overwrite=overwrite,
+    )
