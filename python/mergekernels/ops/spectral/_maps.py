@@ -1,6 +1,6 @@
-"""Matrices as linear maps: dense, in factors, in shards, or sums of these, never formed if they need not be.
+"""Matrices as linear maps: dense, in shards, in factors, or sums of these, never formed if they need not be.
 
-An operator multiplies from either side in the dtype of its argument and knows its Frobenius norm in float64.
+A map multiplies from either side in the dtype of its argument and knows its Frobenius norm in float64.
 """
 
 from __future__ import annotations
@@ -8,16 +8,23 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Any, Union
 
 from ...adapters.model import Factors
-from ...errors import ArgumentError, DataError
+from ...errors import ArgumentError
+from .gram import gram
 from .mix import Mix
+from .sharded import Sharded, check_matrix, dense
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DenseMap", "FactorMap", "Map", "MixMap", "as_map"]
+__all__ = ["DenseMap", "FactorMap", "Input", "Map", "MixMap", "as_map", "transposed"]
+
+Input = Union["torch.Tensor", Sharded, Factors, Mix]
+"""One matrix argument."""
+
+WIDE_ROWS = 512  # rows of a float32 matrix that are widened at a time: 8 MB at 2048 columns
 
 
 class Map(ABC):
@@ -29,15 +36,15 @@ class Map(ABC):
 
     @abstractmethod
     def times(self, y: torch.Tensor) -> torch.Tensor:
-        """X @ y in y's dtype; y is (n, k)."""
+        """X @ y in y's dtype; y is (n, k) on `device`."""
 
     @abstractmethod
     def adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        """X^T @ y in y's dtype; y is (m, k)."""
+        """X^T @ y in y's dtype; y is (m, k) on `device`."""
 
     @abstractmethod
     def dense(self) -> torch.Tensor:
-        """The matrix itself, in `dtype`."""
+        """The matrix itself, in `dtype`, on `device`."""
 
     @property
     @abstractmethod
@@ -54,54 +61,37 @@ class Map(ABC):
 
 
 class DenseMap(Map):
-    """A dense matrix."""
+    """A dense matrix, whole or in shards."""
 
-    def __init__(self, x: torch.Tensor, name: str) -> None:
-        self.x = _floating(x, name)
+    def __init__(self, x: torch.Tensor | Sharded) -> None:
+        self.x = x
         self.shape = (int(x.shape[0]), int(x.shape[1]))
-        self.dtype, self.device = self.x.dtype, x.device
-        self.name = name
-        if not math.isfinite(self.norm2):
-            _refuse(self.x, name)
+        self.dtype, self.device = x.dtype, x.device
 
     def times(self, y: torch.Tensor) -> torch.Tensor:
-        return self.x.to(y.dtype) @ y
+        return _times(self.x, y)
 
     def adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        return self.x.T.to(y.dtype) @ y
+        return _adjoint(self.x, y)
 
     def dense(self) -> torch.Tensor:
-        return self.x
+        return dense(self.x)
 
     @property
     def work(self) -> int:
-        return self.x.numel()
+        return self.shape[0] * self.shape[1]
 
     def _norm2(self) -> float:
-        return square_norm(self.x)
+        return sum(square_norm(p) for p in _parts(self.x))
 
 
 class FactorMap(Map):
     """b @ a."""
 
-    def __init__(self, b: torch.Tensor, a: torch.Tensor, name: str) -> None:
-        self.b, self.a = _floating(b, f"{name}.b"), _floating(a, f"{name}.a")
-        if b.shape[1] != a.shape[0]:
-            raise ArgumentError(
-                f"{name}: the factors do not fit together",
-                code="argument.factors",
-                expected=f"a with {b.shape[1]} rows, as b has columns",
-                got=f"b {tuple(b.shape)} and a {tuple(a.shape)}",
-            )
-        if self.b.dtype != self.a.dtype:
-            import torch
-
-            self.b, self.a = self.b.to(torch.float64), self.a.to(torch.float64)
+    def __init__(self, b: torch.Tensor, a: torch.Tensor) -> None:
+        self.b, self.a = b, a
         self.shape = (int(b.shape[0]), int(a.shape[1]))
-        self.dtype, self.device = self.b.dtype, b.device
-        for part, t in (("b", self.b), ("a", self.a)):
-            if not math.isfinite(square_norm(t)):
-                _refuse(t, f"{name}.{part}")
+        self.dtype, self.device = b.dtype, b.device
 
     @property
     def inner(self) -> int:
@@ -109,10 +99,10 @@ class FactorMap(Map):
         return int(self.b.shape[1])
 
     def times(self, y: torch.Tensor) -> torch.Tensor:
-        return self.b.to(y.dtype) @ (self.a.to(y.dtype) @ y)
+        return _times(self.b, _times(self.a, y))
 
     def adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        return self.a.T.to(y.dtype) @ (self.b.T.to(y.dtype) @ y)
+        return _adjoint(self.a, _adjoint(self.b, y))
 
     def dense(self) -> torch.Tensor:
         return self.b @ self.a
@@ -124,18 +114,17 @@ class FactorMap(Map):
     @cached_property
     def grams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """b^T b and a a^T in float64."""
-        import torch
-
-        b, a = self.b.to(torch.float64), self.a.to(torch.float64)
-        return b.T @ b, a @ a.T
+        return gram(self.b), gram(self.a.mT)
 
     def _norm2(self) -> float:
+        if self.inner > min(self.shape):  # the product is smaller than the Grams
+            return square_norm(self.dense())
         left, right = self.grams
         return max(0.0, float((left * right).sum()))
 
 
 class MixMap(Map):
-    """A weighted sum of a product of factors and a dense matrix."""
+    """The sum of a product of factors and a dense matrix."""
 
     def __init__(self, factors: FactorMap, matrix: DenseMap) -> None:
         import torch
@@ -151,7 +140,10 @@ class MixMap(Map):
         return self.factors.adjoint(y) + self.matrix.adjoint(y)
 
     def dense(self) -> torch.Tensor:
-        return self.factors.dense().to(self.dtype) + self.matrix.dense()
+        import torch
+
+        f = self.factors
+        return torch.addmm(self.matrix.dense().to(self.dtype), f.b.to(self.dtype), f.a.to(self.dtype))
 
     @property
     def work(self) -> int:
@@ -161,50 +153,101 @@ class MixMap(Map):
         import torch
 
         f = self.factors
-        cross = (self.matrix.times(f.a.T.to(torch.float64)) * f.b.to(torch.float64)).sum()
-        return max(0.0, self.matrix.norm2 + f.norm2 + 2.0 * float(cross))
+        cross = float((self.matrix.times(f.a.mT.to(torch.float64)) * f.b).sum())
+        return max(0.0, self.matrix.norm2 + f.norm2 + 2.0 * cross)
 
 
-Matrix = Union["torch.Tensor", Factors, Mix]
+class _Transposed(Map):
+    """The transpose of a map."""
+
+    def __init__(self, of: Map) -> None:
+        self.of = of
+        self.shape = (of.shape[1], of.shape[0])
+        self.dtype, self.device = of.dtype, of.device
+
+    def times(self, y: torch.Tensor) -> torch.Tensor:
+        return self.of.adjoint(y)
+
+    def adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        return self.of.times(y)
+
+    def dense(self) -> torch.Tensor:
+        return self.of.dense().mT
+
+    @property
+    def work(self) -> int:
+        return self.of.work
+
+    def _norm2(self) -> float:
+        return self.of.norm2
 
 
-def as_map(x: Matrix, name: str) -> Map:
-    """The map of a matrix argument, checked: two dimensions, floating, no NaN or Inf. `name` is for errors."""
+def transposed(x: Map) -> Map:
+    """X^T: a view."""
+    if isinstance(x, DenseMap):
+        return DenseMap(x.x.mT)
+    if isinstance(x, FactorMap):
+        return FactorMap(x.a.mT, x.b.mT)
+    return _Transposed(x)
+
+
+def as_map(x: Any, name: str) -> Map:
+    """The map of a matrix argument, checked: two dimensions, a float dtype, no NaN or Inf. `name` is for errors."""
     if isinstance(x, Factors):
-        return FactorMap(x.b, x.a, name)
+        return _factors(x, name)
     if isinstance(x, Mix):
-        return _mix_map(x, name)
-    return DenseMap(x, name)
+        return _mix(x, name)
+    return DenseMap(check_matrix(x, name))
 
 
-def _mix_map(mix: Mix, name: str) -> Map:
+def _factors(x: Factors, name: str) -> FactorMap:
     import torch
 
-    terms = [FactorMap(f.b, f.a, f"{name}.factors[{i}]") for i, (_, f) in enumerate(mix.factors)]
-    whole = [DenseMap(d, f"{name}.dense[{i}]") for i, (_, d) in enumerate(mix.dense)]
+    b, a = dense(check_matrix(x.b, f"{name}.b")), dense(check_matrix(x.a, f"{name}.a"))
+    if b.shape[1] != a.shape[0] or b.device != a.device:
+        raise ArgumentError(
+            f"the factors of {name} do not fit together",
+            code="argument.factors",
+            expected=f"a with {b.shape[1]} rows, as b has columns, on one device",
+            got=f"b {tuple(b.shape)} on {b.device}, a {tuple(a.shape)} on {a.device}",
+        )
+    wide = torch.promote_types(b.dtype, a.dtype)
+    return FactorMap(b.to(wide), a.to(wide))
+
+
+def _mix(mix: Mix, name: str) -> Map:
+    import torch
+
+    terms = [_factors(f, f"{name}.factors[{i}]") for i, (_, f) in enumerate(mix.factors)]
+    whole = [DenseMap(check_matrix(d, f"{name}.dense[{i}]")) for i, (_, d) in enumerate(mix.dense)]
     shapes = {t.shape for t in (*terms, *whole)}
     if len(shapes) != 1:
         raise ArgumentError(
-            f"{name}: a mix needs terms of one shape",
+            f"the terms of {name} differ in shape",
             code="argument.shape",
-            expected="one shape",
+            expected="at least one term, and one shape",
             got=", ".join(str(s) for s in sorted(shapes)) or "no term",
         )
     weights = [float(w) for w, _ in (*mix.factors, *mix.dense)]
     if not all(math.isfinite(w) for w in weights):
-        raise ArgumentError(f"{name}: weights must be finite", code="argument.weights", got=str(weights))
-    product = matrix = None
+        raise ArgumentError(f"the weights of {name} must be finite", code="argument.weights", got=str(weights))
+    product: FactorMap | None = None
+    matrix: DenseMap | None = None
     if terms:
         wide = terms[0].dtype
         for t in terms:
             wide = torch.promote_types(wide, t.dtype)
-        b = torch.cat([(t.b * w).to(wide) for (w, _), t in zip(mix.factors, terms, strict=True)], 1)
-        product = FactorMap(b, torch.cat([t.a.to(wide) for t in terms], 0), name)
+        b = torch.cat([t.b.to(wide) * w for w, t in zip(weights, terms, strict=False)], 1)
+        product = FactorMap(b, torch.cat([t.a.to(wide) for t in terms], 0))
     if whole:
-        total = whole[0].x * float(mix.dense[0][0])
-        for (w, _), d in zip(mix.dense[1:], whole[1:], strict=True):
-            total = total + d.x * float(w)
-        matrix = DenseMap(total, name)
+        scales = weights[len(terms) :]
+        if len(whole) == 1 and scales[0] == 1.0:
+            matrix = whole[0]
+        else:
+            total = whole[0].dense() * scales[0]
+            for w, d in zip(scales[1:], whole[1:], strict=True):
+                total = total + d.dense().to(total.device) * w
+            matrix = DenseMap(total)
     if product is None:
         assert matrix is not None
         return matrix
@@ -218,27 +261,43 @@ def square_norm(x: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
-def _floating(x: torch.Tensor, name: str) -> torch.Tensor:
+def _parts(x: torch.Tensor | Sharded) -> list[torch.Tensor]:
+    return list(x.parts) if isinstance(x, Sharded) else [x]
+
+
+def _times(x: torch.Tensor | Sharded, y: torch.Tensor) -> torch.Tensor:
+    """The product x @ y in y's dtype; shards send their small products to y's device."""
     import torch
 
-    if not isinstance(x, torch.Tensor) or x.dim() != 2:
-        got = f"{x.dim()} dimensions" if isinstance(x, torch.Tensor) else type(x).__name__
-        raise ArgumentError(f"{name} must be a matrix", code="argument.shape", expected="two dimensions", got=got)
-    if not x.is_floating_point():
-        raise ArgumentError(
-            f"{name} must be real", code="argument.dtype", expected="a floating dtype", got=str(x.dtype)
-        )
-    return x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
+    if not isinstance(x, Sharded):
+        return _product(x, y)
+    if x.dim == 0:
+        return torch.cat([_product(p, y.to(p.device)).to(y.device) for p in x.parts])
+    pieces = y.split(x.sizes)  # type: ignore[no-untyped-call]
+    total = torch.zeros((x.shape[0], y.shape[1]), dtype=y.dtype, device=y.device)
+    for p, piece in zip(x.parts, pieces, strict=True):
+        total += _product(p, piece.to(p.device)).to(y.device)
+    return total
 
 
-def _refuse(x: torch.Tensor, name: str) -> None:
+def _adjoint(x: torch.Tensor | Sharded, y: torch.Tensor) -> torch.Tensor:
+    return _times(x.mT, y)
+
+
+def _product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The product x @ y in the dtype of y; a narrower x is widened in pieces: no wide copy of a large matrix."""
     import torch
 
-    bad = ~torch.isfinite(x)
-    if not bool(bad.any()):
-        return
-    where = [int(i) for i in bad.nonzero()[0]]
-    raise DataError(
-        f"holds NaN or Inf at {where}", code="data.nan", tensor=name, expected="finite values",
-        got=str(float(x[where[0], where[1]])),
-    )  # fmt: skip
+    if x.dtype == y.dtype:
+        return x @ y
+    if x.shape[0] <= 2 * WIDE_ROWS and x.shape[1] <= 2 * WIDE_ROWS:
+        return x.to(y.dtype) @ y
+    if x.stride(0) < x.stride(1):  # stored by columns: add up over pieces of columns, which are contiguous
+        total = torch.zeros((x.shape[0], y.shape[1]), dtype=y.dtype, device=y.device)
+        for i in range(0, x.shape[1], WIDE_ROWS):
+            total.addmm_(x[:, i : i + WIDE_ROWS].to(y.dtype), y[i : i + WIDE_ROWS])
+        return total
+    out = torch.empty((x.shape[0], y.shape[1]), dtype=y.dtype, device=y.device)
+    for i in range(0, x.shape[0], WIDE_ROWS):
+        torch.mm(x[i : i + WIDE_ROWS].to(y.dtype), y, out=out[i : i + WIDE_ROWS])
+    return out

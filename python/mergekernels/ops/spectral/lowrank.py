@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from ...adapters.model import Factors
 from ...errors import ArgumentError
-from ._maps import FactorMap, Map, Matrix, as_map
+from ._arguments import check_size, per_matrix
+from ._maps import Input, Map, as_map
+from ._pairs import Pairs, leading
+from .batching import in_order
+from .small import fix_signs
 
 if TYPE_CHECKING:
     import torch
@@ -17,15 +21,19 @@ if TYPE_CHECKING:
 __all__ = ["LowRank", "lowrank"]
 
 Spread = Literal["b", "sqrt", "a"]
+Route = Literal["auto", "core", "implicit", "dense", "whole"]
 
 
 @dataclass(frozen=True)
 class LowRank:
     """A matrix cut to low rank.
 
-    factors : b (m, k), a (k, n) in the matrix's dtype; the product is the approximation. singular_values : its k
-    singular values, float64, falling, on the CPU. kept_energy : their sum of squares over that of the matrix, in
-    [0, 1]; 1 for a zero matrix. error : ||X - b a||_F / ||X||_F, 0 for a zero matrix. route : how it was computed.
+    factors : b (m, k) and a (k, n), float32 (float64 for float64 input); b @ a is the approximation.
+    singular_values : of X, the k that were kept, float64, falling, on the CPU.
+    kept_energy : share of ||X||_F^2 in the approximation, in [0, 1]; 1 for a zero matrix.
+    error : ||X - b a||_F / ||X||_F, measured in float64 before the factors are rounded; 0 for a zero matrix.
+    route : "core" (the factors' triangles), "implicit" (iteration on factors or a mix), "dense" (iteration on the dense
+    matrix), "whole" (all singular values), "none" (nothing to decompose).
     """
 
     factors: Factors
@@ -37,100 +45,60 @@ class LowRank:
 
 @overload
 def lowrank(
-    X: Matrix, rank: int | None = ..., energy: float | None = ..., spread: Spread = ..., route: str = ...
+    X: Input, rank: int | None = ..., energy: float | None = ..., spread: Spread = ..., route: Route = ...
 ) -> LowRank: ...
 @overload
 def lowrank(
-    X: Sequence[Matrix],
+    X: Sequence[Input],
     rank: int | Sequence[int] | None = ...,
     energy: float | None = ...,
     spread: Spread = ...,
-    route: str = ...,
+    route: Route = ...,
 ) -> list[LowRank]: ...
 def lowrank(
-    X: Matrix | Sequence[Matrix],
+    X: Input | Sequence[Input],
     rank: int | Sequence[int] | None = None,
     energy: float | None = None,
     spread: Spread = "b",
-    route: str = "auto",
+    route: Route = "auto",
 ) -> LowRank | list[LowRank]:
     """The best approximation of each matrix with at most `rank` singular values, as factors.
 
-    X : one matrix or a list of matrices of any shapes: a tensor (m, n), Factors, or a Mix.
-    rank : at most so many singular values, 0 <= rank <= min(m, n); for a list of matrices one number or one per
-    matrix. The result has fewer where the matrix has fewer above the relative cut of its rank.
-    energy : the least number of values whose sum of squares reaches this share of the matrix's, in (0, 1]. With `rank`
-    too, the smaller of both. One of the two must be given.
-    spread : where the singular values go: "b" (b = U S, a = V^T), "sqrt" (the root on both sides), "a".
-    In each column of U the entry of largest magnitude is positive.
+    X : one matrix or a list of matrices of any shapes: a tensor (m, n), Sharded, Factors, or a Mix of weighted products
+    and dense matrices. 16-bit input is computed in float32.
+    rank : at most so many singular values, 0 to min(m, n); for a list one number or one per matrix. The result has
+    fewer where the matrix has fewer above the relative cut of its rank (`rank_cut`).
+    energy : the least number of values whose sum of squares reaches this share of ||X||_F^2, in (0, 1]; with `rank` the
+    smaller of both. One of the two must be given.
+    spread : where the singular values go: "b" (b = U S, a = V^T), "sqrt" (their root on both sides), "a" (b = U).
+    route : by default the one with the fewest operations; see LowRank.route.
+    Returns LowRank, or a list of them. In each column of U the entry of largest magnitude is positive.
+    Promise: ||X - b a||_F <= (1 + 1e-4) times the least possible + 1e-6 ||X||_F; by the routes "core" and "whole" the
+    least possible + 1e-6 ||X||_F.
     Errors: ArgumentError, DataError for NaN or Inf.
+    Source: factored truncation by QR and a small SVD; block Krylov iteration (Musco and Musco, 2015).
     """
-    single = not isinstance(X, (list, tuple))
-    items: Sequence[Matrix] = [X] if single else X  # type: ignore[list-item,assignment]
-    ranks = list(rank) if isinstance(rank, Sequence) else [rank] * len(items)
-    if len(ranks) != len(items):
-        raise ArgumentError(
-            "rank must be one number or one per matrix", code="argument.rank", expected=str(len(items)),
-            got=str(len(ranks)),
-        )  # fmt: skip
+    if spread not in ("b", "sqrt", "a"):
+        raise ArgumentError("unknown spread", code="argument.spread", expected="b, sqrt or a", got=str(spread))
+    single, items, ranks = per_matrix(X, rank, "rank")
     maps = [as_map(x, "X" if single else f"X[{i}]") for i, x in enumerate(items)]
-    for m, r in zip(maps, ranks, strict=True):
-        _check(m, r, energy, spread)
-    results = [_exact(m, r, energy, spread) for m, r in zip(maps, ranks, strict=True)]
+    sizes = [check_size(m, r, energy, "rank") for m, r in zip(maps, ranks, strict=True)]
+
+    def one(task: tuple[Map, int]) -> LowRank:
+        pairs = leading(task[0], task[1], energy, strict=False, tol=1e-5, route=route)
+        return _factors(pairs, task[0].dtype, spread)
+
+    results = in_order(list(zip(maps, sizes, strict=True)), one)
     return results[0] if single else results
 
 
-def _check(x: Map, rank: int | None, energy: float | None, spread: str) -> None:
-    if rank is None and energy is None:
-        raise ArgumentError("give rank, energy or both", code="argument.rank")
-    if rank is not None and not 0 <= rank <= min(x.shape):
-        raise ArgumentError(
-            "rank out of range", code="argument.rank", expected=f"0 to {min(x.shape)}, the smaller side", got=str(rank)
-        )
-    if energy is not None and not 0.0 < energy <= 1.0:
-        raise ArgumentError("energy out of range", code="argument.energy", expected="(0, 1]", got=str(energy))
-    if spread not in ("b", "sqrt", "a"):
-        raise ArgumentError("unknown spread", code="argument.spread", expected="b, sqrt or a", got=str(spread))
-
-
-def _exact(x: Map, rank: int | None, energy: float | None, spread: str) -> LowRank:
-    """Through the whole spectrum: of the core of the factors, or of the dense matrix, in float64."""
+def _factors(pairs: Pairs, dtype: torch.dtype, spread: str) -> LowRank:
     import torch
 
-    if isinstance(x, FactorMap):
-        qb, rb = torch.linalg.qr(x.b.to(torch.float64))
-        qa, ra = torch.linalg.qr(x.a.T.to(torch.float64))
-        u, s, vh = torch.linalg.svd(rb @ ra.T, full_matrices=False)
-        u, vh, route = qb @ u, vh @ qa.T, "core"
-    else:
-        u, s, vh = torch.linalg.svd(x.dense().to(torch.float64), full_matrices=False)
-        route = "svd"
-    return _cut(x, u, s, vh, rank, energy, spread, route)
-
-
-def _cut(
-    x: Map, u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, rank: int | None, energy: float | None, spread: str,
-    route: str,
-) -> LowRank:  # fmt: skip
-    """The leading triplets as factors; signs by the rule."""
-    import torch
-
-    total = x.norm2
-    squares = s.cpu().square()
-    tol = min(1e-5, max(x.shape) * 1.2e-7)
-    k = int((s > tol * s[0]).sum()) if len(s) else 0
-    if rank is not None:
-        k = min(k, rank)
-    if energy is not None and total > 0.0:
-        reached = torch.cumsum(squares, 0) >= energy * total * (1.0 - 1e-12)
-        k = min(k, int(reached.to(torch.int8).argmax()) + 1 if bool(reached.any()) else k)
-    u, s, vh = u[:, :k], s[:k], vh[:k]
-    if k:
-        rows = u.abs().argmax(0)
-        sign = torch.where(u.gather(0, rows[None])[0] < 0, -1.0, 1.0).to(u.dtype)
-        u, vh = u * sign, vh * sign[:, None]
-    left = s if spread == "b" else s.sqrt() if spread == "sqrt" else torch.ones_like(s)
-    right = s if spread == "a" else s.sqrt() if spread == "sqrt" else torch.ones_like(s)
-    factors = Factors((u * left).to(x.dtype), (vh * right[:, None]).to(x.dtype))
-    kept = min(1.0, float(squares[:k].sum()) / total) if total > 0.0 else 1.0
-    return LowRank(factors, s.cpu(), kept, math.sqrt(max(0.0, 1.0 - kept)), route)
+    s = pairs.values[: pairs.k].to(pairs.us.device)
+    us, vh = fix_signs(pairs.us, pairs.v.mT)
+    # From U S and V^T to the spread asked for.
+    move = torch.ones_like(s) if spread == "b" else s.sqrt() if spread == "sqrt" else s
+    factors = Factors((us / move).to(dtype).contiguous(), (vh * move[:, None]).to(dtype).contiguous())
+    lost = min(1.0, pairs.lost / pairs.total) if pairs.total > 0.0 else 0.0
+    return LowRank(factors, pairs.values[: pairs.k], 1.0 - lost, math.sqrt(lost), pairs.route)
