@@ -9,7 +9,7 @@ from .sharded import Matrix, Sharded, blocks
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["gram", "times"]
+__all__ = ["gram", "plain_gram", "symmetric", "times"]
 
 TILE = 256
 """Columns of one tile of a Gram; only tiles on and above the diagonal are multiplied."""
@@ -26,11 +26,36 @@ def gram(x: Matrix) -> torch.Tensor:
     n = x.shape[1]
     total = torch.zeros((n, n), dtype=torch.float64, device=x.device)
     for block in blocks(x, torch.float64):
-        for i in range(0, n, TILE):
-            # One product for a whole row of tiles: few calls, and half the work of the full product.
-            total[i : i + TILE, i:].addmm_(block[:, i : i + TILE].mT, block[:, i:])
-    upper = total.triu()
-    return upper + upper.triu(1).mT
+        _upper_tiles(block, total)
+    return symmetric(total)
+
+
+def plain_gram(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The sum of X_i^T X_i over row shards (..., m_i, n), in their own dtype, on the first one's device."""
+    import torch
+
+    first = parts[0]
+    if first.ndim > 2 or first.device.type != "cpu":  # half the products would save little there, and cost launches
+        total = first.mT @ first
+        for part in parts[1:]:
+            total += (part.mT @ part).to(total.device)
+        return total
+    total = torch.zeros((first.shape[1], first.shape[1]), dtype=first.dtype)
+    for part in parts:
+        _upper_tiles(part.to(first.device), total)
+    return symmetric(total)
+
+
+def _upper_tiles(block: torch.Tensor, total: torch.Tensor) -> None:
+    """Adds block^T block to the tiles of `total` on and above the diagonal: one product for a whole row of tiles."""
+    n = block.shape[1]
+    for i in range(0, n, TILE):
+        total[i : i + TILE, i:].addmm_(block[:, i : i + TILE].mT, block[:, i:])
+
+
+def symmetric(upper: torch.Tensor) -> torch.Tensor:
+    """The symmetric matrix whose upper triangle is given; the rest of the argument is not read."""
+    return upper.triu() + upper.triu(1).mT
 
 
 def times(x: Matrix, small: torch.Tensor, dtype: torch.dtype) -> Matrix:
@@ -41,6 +66,8 @@ def times(x: Matrix, small: torch.Tensor, dtype: torch.dtype) -> Matrix:
     if isinstance(x, Sharded) and x.dim == 0:
         pieces = [times(p, small.to(p.device), dtype) for p in x.parts]
         return Sharded([p for p in pieces if isinstance(p, torch.Tensor)], 0)
+    if isinstance(x, torch.Tensor) and x.dtype == small.dtype == dtype:
+        return x @ small
     out = torch.empty((rows, cols), dtype=dtype, device=x.device)
     start = 0
     for block in blocks(x, small.dtype):
