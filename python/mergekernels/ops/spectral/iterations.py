@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .gram import gram, plain_gram
+from .gram import plain_gram
 from .minimax import halley, schedule
 from .sharded import Sharded
 
@@ -23,7 +23,7 @@ LOWEST = 1e-7
 def newton_schulz(parts: list[torch.Tensor], tol: float) -> list[torch.Tensor]:
     """U V^T over the singular values above about tol * sigma_1: a fixed number of steps, then two flushes.
 
-    parts : row shards (..., m_i, n), float32 or float64, of full matrices with sum m_i >= n. The batch shares its steps.
+    parts : row shards (..., m_i, n), float32 or float64, sum m_i >= n; a batch shares its steps.
     Values within a factor 4 below tol * sigma_1 may go either way, and what is not near 0 or 1 at the end shows in the
     residual; null directions are amplified by at most about 1 / tol before they are flushed to zero.
     """
@@ -136,4 +136,4 @@ def _by_qr(parts: list[torch.Tensor], a: float, b: float, c: float) -> list[torc
     n = x.shape[1]
     q, _ = torch.linalg.qr(torch.cat([c**0.5 * x, torch.eye(n, dtype=x.dtype, device=home)]))
     y = (b / c) * x + ((a - b / c) / c**0.5) * (q[:-n] @ q[-n:].mT)
-    return [p.to(q.device) for p, q in zip(y.split(sizes), parts, strict=True)]  # type: ignore[no-untyped-call]
+    return [p.to(q.device) for p, q in zip(y.split(sizes), parts, strict=True)]

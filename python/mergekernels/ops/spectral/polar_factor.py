@@ -139,7 +139,7 @@ def _rows(x: Matrix) -> Sharded:
 
 
 def _like(p: Matrix, x: Matrix) -> Matrix:
-    """p cut as x is."""
+    """The matrix p, cut as x is."""
     if isinstance(p, Sharded) and (not isinstance(x, Sharded) or x.dim != p.dim):
         p = p.dense()
     return p if isinstance(p, Sharded) else split_like(p, x)

@@ -110,7 +110,7 @@ def _householder(x: Matrix, tol: float) -> TallQR:
         top, r = top @ u[:, :p], (s[:p, None] * vh[:p]) * scale
     condition = float(s[0] / s[p - 1]) if p else 1.0
     heights = [int(triangle.shape[0]) for _, triangle in pairs]
-    tops = top.split(heights)  # type: ignore[no-untyped-call]
+    tops = top.split(heights)
     q = torch.cat([(left @ piece).to(x.dtype) for (left, _), piece in zip(pairs, tops, strict=True)])
     rows = isinstance(x, Sharded) and x.dim == 0
     return TallQR(split_like(q, x) if rows else q, r, p, condition)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...errors import ArgumentError
-from .batching import one_or_many
+from ...errors import ArgumentError, DataError
+from .batching import groups, in_threads
 from .cuts import check_tol, rank_cut
 from .sharded import check_matrix, dense
 
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["SmallEigh", "SmallSVD", "small_eigh", "small_svd"]
+
+
+LIMIT = 1 << 26
+"""Bytes of a batch that one call takes."""
 
 
 @dataclass(frozen=True)
@@ -45,34 +50,152 @@ class SmallEigh:
 def small_svd(M: Any, tol: float | None = None, want: Literal["vectors", "values"] = "vectors") -> Any:
     """Thin singular value decompositions in float64.
 
-    M : a matrix (p, s), p and s up to 2048, or a list of them. tol : relative cut for `rank`, in [0, 1); default
-    `rank_cut(p, s)`, that of matrices made from float32 data. want : "values" leaves the vectors out.
+    M : a matrix (p, s) of any float dtype, p and s up to 2048, or a list of them of any shapes. tol : relative cut for
+    `rank`, in [0, 1); default `rank_cut(p, s)`, that of matrices made from float32 data. want : "values" leaves the
+    vectors out.
     Returns SmallSVD, or a list of them. The entry of largest magnitude in each column of u is positive (the first on a
     tie), so that vectors of distinct values do not depend on the library that computes them.
+    On CUDA, sides up to 128: one-sided Jacobi, one block for each matrix; otherwise LAPACK or cuSOLVER.
     Promise: residual and orthogonality at most 1e-13 times the norm. Vectors of equal values are arbitrary.
-    Errors: ArgumentError, DataError for NaN or Inf.
+    Errors: ArgumentError, DataError for NaN or Inf, or where Jacobi's sweeps do not converge.
     """
     if want not in ("vectors", "values"):
         raise ArgumentError("want is unknown", code="argument", expected="'vectors' or 'values'", got=repr(want))
-    return one_or_many(M, lambda m, what: _small_svd(dense(check_matrix(m, what)), tol, want))
+    named = _named(M, "M")
+    cuts = [check_tol(tol, rank_cut(int(m.shape[0]), int(m.shape[1]))) for _, m in named]
+    vectors = want == "vectors"
+
+    def factor(batch: torch.Tensor) -> list[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]]:
+        import torch
+
+        if not vectors:
+            return [(None, s, None) for s in torch.linalg.svdvals(batch)]
+        u, s, vh = torch.linalg.svd(batch, full_matrices=False)
+        u, vh = fix_signs(u, vh)
+        return list(zip(u, s, vh, strict=True))
+
+    def on_chip(batch: Sequence[torch.Tensor]) -> list[Any]:
+        from ..._backends.cuda_small import small_svd_batch
+
+        made = []
+        for u, s, vh, convergence in small_svd_batch(batch, vectors=vectors):
+            if u is not None and vh is not None:
+                u, vh = fix_signs(u, vh)
+            made.append(((u, s, vh), convergence))
+        return made
+
+    found = _decomposed(named, factor, on_chip, eigh=False)
+    ranks = _ranks([s for _, s, _ in found], cuts)
+    results = [SmallSVD(u, s, vh, rank) for (u, s, vh), rank in zip(found, ranks, strict=True)]
+    return results if isinstance(M, (list, tuple)) else results[0]
 
 
-def _small_svd(m: torch.Tensor, tol: float | None, want: str) -> SmallSVD:
+def small_eigh(G: Any, tol: float | None = None) -> Any:
+    """Eigenvalues, falling, and eigenvectors of symmetric matrices, in float64.
+
+    G : a symmetric matrix (s, s) of any float dtype, s up to 2048, or a list of them; the lower triangle is read.
+    tol : relative cut for `rank`, in [0, 1); default s * 2.2e-16.
+    Returns SmallEigh, or a list of them; signs of vectors as in `small_svd`.
+    On CUDA, s up to 128: Jacobi, one block for each matrix; otherwise LAPACK or cuSOLVER.
+    Promise: residual and orthogonality at most 1e-13 times the norm.
+    Errors: ArgumentError (also for what is not square), DataError for NaN or Inf, or where sweeps do not converge.
+    """
     import torch
 
-    cut = check_tol(tol, rank_cut(int(m.shape[0]), int(m.shape[1])))
-    wide = m.to(torch.float64)
-    if want == "values":
-        s = torch.linalg.svdvals(wide)
-        return SmallSVD(None, s, None, count(s, cut))
-    u, s, vh = torch.linalg.svd(wide, full_matrices=False)
-    u, vh = fix_signs(u, vh)
-    return SmallSVD(u, s, vh, count(s, cut))
+    named = _named(G, "G")
+    for what, g in named:
+        if g.shape[0] != g.shape[1]:
+            raise ArgumentError(
+                f"{what} is not square", code="matrix.square", tensor=what, expected="(s, s)", got=str(tuple(g.shape))
+            )
+    cuts = [check_tol(tol, rank_cut(int(g.shape[0]), int(g.shape[0]), torch.float64)) for _, g in named]
+
+    def factor(batch: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        values, vectors = torch.linalg.eigh(batch)
+        return [(fix_signs(v, v.mT)[0], w) for v, w in zip(vectors.flip(-1), values.flip(-1), strict=True)]
+
+    def on_chip(batch: Sequence[torch.Tensor]) -> list[Any]:
+        from ..._backends.cuda_small import small_eigh_batch
+
+        return [((fix_signs(v, v.mT)[0], w), convergence) for v, w, convergence in small_eigh_batch(batch)]
+
+    found = _decomposed(named, factor, on_chip, eigh=True)
+    ranks = _ranks([w.abs().sort(descending=True).values for _, w in found], cuts)
+    results = [SmallEigh(v, w, rank) for (v, w), rank in zip(found, ranks, strict=True)]
+    return results if isinstance(G, (list, tuple)) else results[0]
 
 
-def count(s: torch.Tensor, cut: float) -> int:
-    """How many of the falling values are above cut * the first."""
-    return int((s > cut * s[0]).sum()) if s.numel() else 0
+def _named(x: Any, letter: str) -> list[tuple[str, torch.Tensor]]:
+    """What errors call each matrix, and the matrix, checked and in float64."""
+    import torch
+
+    many = isinstance(x, (list, tuple))
+    names = [f"{letter}[{i}]" for i in range(len(x))] if many else [letter]
+    pairs = zip(names, x if many else [x], strict=True)
+    return [(name, dense(check_matrix(m, name)).to(torch.float64)) for name, m in pairs]
+
+
+def _decomposed(
+    named: Sequence[tuple[str, torch.Tensor]],
+    factor: Callable[[torch.Tensor], list[Any]],
+    on_chip: Callable[[Sequence[torch.Tensor]], list[Any]],
+    eigh: bool,
+) -> list[Any]:
+    """The decompositions in order.
+
+    Jacobi where there is a GPU and a matrix fits; all others in batches of one shape, on CPU one thread each.
+    """
+    import torch
+
+    made: list[Any] = [None] * len(named)
+    jacobi = [i for i, (_, m) in enumerate(named) if _fits_on_chip(m, eigh)]
+    for group in groups([named[i][1].device for i in jacobi]):
+        numbers = [jacobi[j] for j in group]
+        for i, (result, convergence) in zip(numbers, on_chip([named[i][1] for i in numbers]), strict=True):
+            if convergence.sweeps < 1:
+                raise DataError(
+                    f"{named[i][0]}: Jacobi's sweeps did not converge",
+                    code="data.convergence",
+                    tensor=named[i][0],
+                    got=f"a cosine of {convergence.off:.1e} after 30 sweeps",
+                )
+            made[i] = result
+    rest = [i for i, result in enumerate(made) if result is None]
+    tasks: list[list[int]] = []
+    for group in groups([(named[i][1].shape, named[i][1].device) for i in rest]):
+        numbers = [rest[j] for j in group]
+        first = named[numbers[0]][1]
+        share = len(numbers) if first.device.type != "cpu" else -(-len(numbers) // torch.get_num_threads())
+        step = max(1, min(share, LIMIT // max(1, 8 * first.numel())))
+        tasks += [numbers[i : i + step] for i in range(0, len(numbers), step)]
+    parts = [[named[i][1] for i in task] for task in tasks]
+    for task, results in zip(tasks, in_threads(parts, lambda part: factor(torch.stack(part))), strict=True):
+        for i, result in zip(task, results, strict=True):
+            made[i] = result
+    return made
+
+
+def _fits_on_chip(m: torch.Tensor, eigh: bool) -> bool:
+    if m.device.type != "cuda":
+        return False
+    from ..._backends import cuda_small
+
+    return cuda_small.why_not(m.device) is None and cuda_small.fits(
+        int(m.shape[0]), int(m.shape[1]), m.device.index or 0, eigh=eigh
+    )
+
+
+def _ranks(falling: Sequence[torch.Tensor], cuts: Sequence[float]) -> list[int]:
+    """How many of the falling values are above the cut times the first."""
+    import torch
+
+    if not falling:
+        return []
+    empty = [s.new_zeros((), dtype=torch.int64) for s in falling]
+    counts = [(s > c * s[0]).sum() if s.numel() else e for s, c, e in zip(falling, cuts, empty, strict=True)]
+    if all(c.device == counts[0].device for c in counts):
+        return [int(k) for k in torch.stack(counts).tolist()]  # one wait for the device
+    return [int(k) for k in counts]
 
 
 def fix_signs(u: torch.Tensor, vh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,34 +204,6 @@ def fix_signs(u: torch.Tensor, vh: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
     if u.numel() == 0:
         return u, vh
-    largest = u.gather(0, u.abs().argmax(0, keepdim=True))
+    largest = u.gather(-2, u.abs().argmax(-2, keepdim=True))
     sign = torch.where(largest < 0, -1.0, 1.0).to(u.dtype)
     return u * sign, vh * sign.mT
-
-
-def small_eigh(G: Any, tol: float | None = None) -> Any:
-    """Eigenvalues, falling, and eigenvectors of symmetric matrices, in float64.
-
-    G : a symmetric matrix (s, s), s up to 2048, or a list of them; the lower triangle is read. tol : relative cut for
-    `rank`, in [0, 1); default s * 2.2e-16.
-    Returns SmallEigh, or a list of them; signs of vectors as in `small_svd`.
-    Promise: residual and orthogonality at most 1e-13 times the norm.
-    Errors: ArgumentError (also for what is not square), DataError for NaN or Inf.
-    """
-    return one_or_many(G, lambda g, what: _small_eigh(dense(check_matrix(g, what)), tol, what))
-
-
-def _small_eigh(g: torch.Tensor, tol: float | None, what: str) -> SmallEigh:
-    import torch
-
-    s = int(g.shape[0])
-    if g.shape[1] != s:
-        raise ArgumentError(
-            f"{what} is not square", code="matrix.square", tensor=what, expected=str((s, s)), got=str(tuple(g.shape))
-        )
-    cut = check_tol(tol, rank_cut(s, s, torch.float64))
-    values, vectors = torch.linalg.eigh(g.to(torch.float64))
-    values, vectors = values.flip(0), vectors.flip(1)
-    vectors, _ = fix_signs(vectors, vectors.mT)
-    top = values.abs().max() if s else values.sum()
-    return SmallEigh(vectors, values, int((values.abs() > cut * top).sum()))
