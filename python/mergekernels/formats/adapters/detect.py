@@ -24,6 +24,8 @@ def detect(names: Iterable[str], config: Mapping[str, Any], metadata: Mapping[st
     names : of the tensors. config : of a config beside them, {} if there is none. metadata, file : of the file.
     """
     listed = list(names)
+    if config and listed and listed[0].startswith("base_model.model."):
+        return "peft"
     if any(_HALF.search(n) or is_mangled(n.split(".")[0]) for n in listed):
         return "named"
     if METADATA in metadata or (not config and file.startswith(_DIFFUSERS_FILE)):

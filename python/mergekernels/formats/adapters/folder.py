@@ -50,7 +50,7 @@ def write_folder(folder: Path, parts: Iterable[tuple[str, Callable[[Path], None]
     ------
     OutputError : the folder is there (and not empty) without `overwrite`, or writing failed.
     """
-    _refuse_taken(folder, overwrite)
+    _refuse_taken(folder, overwrite, folder=True)
     temporary = _beside(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def write_folder(folder: Path, parts: Iterable[tuple[str, Callable[[Path], None]
 
 def write_file(file: Path, write: Callable[[Path], None], *, overwrite: bool) -> None:
     """Writes one file that appears complete or not at all. Errors as in :func:`write_folder`."""
-    _refuse_taken(file, overwrite)
+    _refuse_taken(file, overwrite, folder=False)
     temporary = _beside(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -97,19 +97,19 @@ def _publish(temporary: Path, folder: Path) -> None:
         shutil.rmtree(old)
 
 
-def _refuse_taken(path: Path, overwrite: bool) -> None:
-    if path.is_dir():
-        taken = any(path.iterdir())
-    else:
-        taken = path.exists() or path.is_symlink()
-        overwrite = overwrite and path.is_file()
-    if taken and not overwrite:
-        raise OutputError(
-            "the output is already there",
-            code="output.exists",
-            file=str(path),
-            hint="Remove it, name another, or allow it to be overwritten",
-        )
+def _refuse_taken(path: Path, overwrite: bool, *, folder: bool) -> None:
+    """Refuses what is there; with `overwrite` only what is not of the kind that is written."""
+    if not path.exists() and not path.is_symlink():
+        return
+    same = path.is_dir() if folder else path.is_file()
+    if same and (overwrite or (folder and not any(path.iterdir()))):
+        return
+    raise OutputError(
+        "the output is already there" + ("" if same else f", and is no {'folder' if folder else 'file'}"),
+        code="output.exists",
+        file=str(path),
+        hint="Remove it, name another, or allow it to be overwritten" if same else "Name another",
+    )
 
 
 def _beside(path: Path) -> Path:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 __all__ = ["Key", "parse_key"]
 
@@ -50,6 +51,8 @@ class Key:
     adapter: str = ""
 
 
+# The adapters of one base have the same names.
+@lru_cache(maxsize=1 << 16)
 def parse_key(name: str) -> Key:
     """Reads one tensor name in any of the spellings."""
     path = _INNER.sub("", name)

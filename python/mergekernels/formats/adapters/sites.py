@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from math import prod
 from os import PathLike
 from typing import Any, Literal, Union
@@ -71,6 +72,12 @@ def factor_shape(kind: Kind, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[in
     return b[0], *a[1:]
 
 
+@lru_cache(maxsize=1 << 16)
+def _shared(module: str, kind: Kind, shape: tuple[int, ...]) -> Site:
+    """A thousand adapters of one base have the same sites: each is in memory once."""
+    return Site(module, kind, shape)
+
+
 def site_of(
     module: str, kind: Kind, a: tuple[int, ...], b: tuple[int, ...], base: tuple[int, ...] | None, where: str
 ) -> Site:
@@ -85,7 +92,7 @@ def site_of(
     """
     shape = factor_shape(kind, a, b)
     if base is None or base == shape:
-        return Site(module, kind, shape)
+        return _shared(module, kind, shape)
     if kind in ("linear", "conv") and len(base) >= 2 and len(base) != len(shape):
         pointwise = prod(shape[2:]) == 1 and prod(base[2:]) == 1
         if pointwise and base[:2] == shape[:2]:

@@ -8,6 +8,7 @@ import struct
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -152,15 +153,20 @@ class Stored:
         return data
 
 
+@lru_cache(maxsize=4096)
+def _shared(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape
+
+
 def of_file(path: str, label: str) -> tuple[Source, dict[str, Stored], dict[str, str]]:
     """Source, tensors by name and metadata of a safetensors file. Errors as in :func:`formats.safetensors.inspect`."""
     header = inspect(path)
     source = Source(label, path, header.size, header.mtime_ns, header.inode)
-    # A thousand adapters of one base have the same names: interned, each is in memory once.
-    tensors = {
-        sys.intern(name): Stored(sys.intern(name), entry.dtype, entry.shape, source, header.data_start + entry.begin)
-        for name, entry in header.entries.items()
-    }
+    # A thousand adapters of one base have the same names and shapes: each is in memory once.
+    tensors: dict[str, Stored] = {}
+    for name, entry in header.entries.items():
+        key = sys.intern(name)
+        tensors[key] = Stored(key, entry.dtype, _shared(entry.shape), source, header.data_start + entry.begin)
     return source, tensors, dict(header.metadata)
 
 
