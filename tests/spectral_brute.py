@@ -96,7 +96,7 @@ def opcm(models: Sequence[dict[str, torch.Tensor]], matrices: Sequence[str], alp
             if name in matrices:
                 u, s, v = svd(merged[name])
                 p = u.T @ y @ v
-                share = torch.cumsum(s, 0) / s.sum()
+                share = torch.cumsum(s, 0) / torch.cumsum(s, 0)[-1]  # never above 1
                 above = [i for i, x in enumerate(share.tolist()) if x > alpha]
                 k = above[0] if above else 0
                 kept = torch.zeros_like(p)

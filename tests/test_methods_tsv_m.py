@@ -7,28 +7,15 @@ import torch
 
 import mergekernels as mk
 import spectral_brute as brute
-from mergekernels._methods.arguments import bind_matrix
-from mergekernels._methods.matrix import MatrixSpec, Merged
-from mergekernels._methods.matrix_table import get_matrix
+import spectral_cases
 from mergekernels.adapters.model import Factors
+from spectral_cases import dense, lora, nothing, rotation
 
 SHAPES = [(40, 40), (64, 24), (24, 64)]
 
 
-def merged(deltas, **arguments) -> Merged:
-    method = get_matrix("tsv_m", "models")
-    params = bind_matrix(method, arguments, len(deltas), "default")
-    shape = deltas[0].shape
-    return method.merge(MatrixSpec("w", (int(shape[0]), int(shape[1])), len(deltas), params), deltas)
-
-
-def dense(found: Merged) -> torch.Tensor:
-    return found.delta.dense() if isinstance(found.delta, Factors) else found.delta
-
-
-def lora(m: int, n: int, r: int, seed: int, dtype=torch.float32) -> Factors:
-    g = torch.Generator().manual_seed(seed)
-    return Factors(torch.randn(m, r, generator=g).to(dtype), torch.randn(r, n, generator=g).to(dtype))
+def merged(deltas, **arguments):
+    return spectral_cases.merged("tsv_m", deltas, **arguments)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -51,8 +38,7 @@ def test_transpose():
 
 def test_equivariance_order_and_scale():
     deltas = [brute.with_spectrum(48, 32, brute.spectra(32)["gap"], t, torch.float32) for t in range(4)]
-    q = torch.linalg.qr(torch.randn(48, 48, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).Q.float()
-    p = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)).Q.float()
+    q, p = rotation(48, 1), rotation(32, 2)
     plain = dense(merged(deltas))
     assert brute.error(dense(merged([q @ d @ p for d in deltas])), q @ plain @ p) < 1e-5
     assert brute.error(dense(merged([deltas[i] for i in (2, 0, 3, 1)])), plain) < 1e-5
@@ -69,10 +55,9 @@ def test_one_task_and_equal_tasks():
 
 
 def test_orthogonal_tasks_add_up():
-    basis = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(5), dtype=torch.float64)).Q
-    other = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(6), dtype=torch.float64)).Q
+    basis, other = rotation(32, 5), rotation(32, 6)
     parts = [slice(8 * t, 8 * t + 8) for t in range(4)]
-    deltas = [(basis[:, p] * torch.linspace(2, 1, 8).double() @ other[:, p].T).float() for p in parts]
+    deltas = [(basis[:, p] * torch.linspace(2, 1, 8) @ other[:, p].T) for p in parts]
     assert brute.error(dense(merged(deltas)), sum(deltas)) < 1e-5
 
 
@@ -93,7 +78,7 @@ def test_factors_equal_dense(ranks):
 
 def test_zero_tasks_count_unless_told():
     deltas = [brute.with_spectrum(24, 18, brute.spectra(18)["gap"], t, torch.float32) for t in range(2)]
-    zero = Factors(torch.zeros(24, 0), torch.zeros(0, 18))
+    zero = nothing(24, 18)
     found = merged([*deltas, zero])
     assert found.report["k"] == [6, 6]
     assert brute.error(dense(found), brute.tsv_m([*deltas, torch.zeros(24, 18)])) < 5e-5
@@ -101,9 +86,9 @@ def test_zero_tasks_count_unless_told():
     alone = merged([*deltas, zero], count_zero=False)
     assert alone.report["k"] == [9, 9]
     assert torch.equal(dense(alone), dense(merged(deltas)))
-    nothing = merged([zero, zero])
-    assert nothing.delta.rank == 0
-    assert not nothing.delta.dense().any()
+    none = merged([zero, zero])
+    assert none.delta.rank == 0
+    assert not none.delta.dense().any()
 
 
 def test_dims_rank():

@@ -168,7 +168,8 @@ def project_away(merged: torch.Tensor, task: torch.Tensor, alpha: float, tol: fl
     u, s, v = full_svd(merged, tol)
     if not len(s):
         return task, 0
-    above = torch.cumsum(s, 0) / s.sum() > alpha
+    sums = torch.cumsum(s, 0)
+    above = sums / sums[-1] > alpha  # with alpha = 1 never, whatever the rounding
     k = int(above.to(torch.int8).argmax()) if bool(above.any()) else 0
     image = task @ v
     overlap = torch.diag((u * image).sum(0))
