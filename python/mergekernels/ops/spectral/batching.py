@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-__all__ = ["groups", "in_threads", "one_or_many"]
+__all__ = ["groups", "in_order", "in_threads", "one_or_many"]
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -26,6 +26,11 @@ def groups(keys: Sequence[Hashable]) -> list[list[int]]:
     for i, key in enumerate(keys):
         found.setdefault(key, []).append(i)
     return list(found.values())
+
+
+def in_order(items: Sequence[A], each: Callable[[A], R]) -> list[R]:
+    """The results of all items, one after the other: for work that uses threads itself."""
+    return [each(item) for item in items]
 
 
 def in_threads(items: Sequence[A], each: Callable[[A], R]) -> list[R]:
