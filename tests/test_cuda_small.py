@@ -10,8 +10,11 @@ import torch
 
 from cuda_host_module import build
 from jacobi_cases import *  # noqa: F403
+from mergekernels import ops
 from mergekernels._backends import _cuda_launches as launches
 from mergekernels._backends import cuda_small
+from mergekernels.errors import DataError
+from mergekernels.ops.spectral import small
 
 DEVICE = torch.device("cuda:0")
 REASON = cuda_small.why_not(DEVICE)
@@ -59,6 +62,58 @@ def test_many_matrices_at_once(target: str) -> None:
     for m, (u, s, vh, info) in zip(inputs, cuda_small.small_svd_batch([m.to(target) for m in inputs]), strict=True):
         assert u is not None and vh is not None and info.sweeps > 0
         check_svd(m, (u, s, vh), 1e-13)  # noqa: F405
+
+
+@pytest.fixture
+def on_chip(target: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The target, with the ops taking it for a GPU."""
+    if target == "cpu":
+        monkeypatch.setattr(small, "_fits_on_chip", lambda m, eigh: cuda_small.fits(*m.shape, 0, eigh=eigh))
+    return target
+
+
+def test_ops_decompose_on_the_chip_what_fits(on_chip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists with matrices that are too large or empty, and single ones; signs and ranks as on the CPU."""
+    taken: list[tuple[int, ...]] = []
+    run = cuda_small.small_svd_batch
+    monkeypatch.setattr(
+        cuda_small, "small_svd_batch", lambda m, **k: taken.extend(tuple(x.shape) for x in m) or run(m, **k)
+    )
+    shapes = [(20, 12), (150, 10), (7, 30), (0, 4), (5, 5)]
+    inputs = [torch.zeros(p, s) if p == 0 else matrix(p, s, "gaps", p) for p, s in shapes]  # noqa: F405
+    found = ops.small_svd([m.to(on_chip) for m in inputs])
+    assert taken == [(20, 12), (7, 30), (5, 5)]
+    for m, svd in zip(inputs, found, strict=True):
+        assert svd.s.dtype == torch.float64 and svd.s.device.type == torch.device(on_chip).type
+        if not m.numel():
+            assert svd.rank == 0
+            continue
+        check_svd(m, (svd.u, svd.s, svd.vh), 1e-13)  # noqa: F405
+        u = svd.u.cpu()
+        assert bool((u.gather(0, u.abs().argmax(0, keepdim=True)) > 0).all())
+        # The default cut is 1e-5 at most, the spectrum 1, 1, 1, 0.1, ...
+        cut = ops.rank_cut(*m.shape)
+        assert svd.rank == sum(10.0 ** -(i // 3) > cut * (1 + 1e-6) for i in range(min(m.shape)))
+    alone = ops.small_svd(inputs[0].float().to(on_chip), want="values")
+    assert alone.u is None and torch.allclose(alone.s.cpu(), found[0].s.cpu(), rtol=1e-5, atol=1e-7)
+    g = symmetric(30, "gaps")  # noqa: F405
+    check_eigh(g, (lambda e: (e.vectors, e.values))(ops.small_eigh(g.to(on_chip))), 1e-13)  # noqa: F405
+
+
+def test_ops_name_what_did_not_converge(on_chip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = cuda_small.small_svd_batch
+    failed = cuda_small.Convergence(0, 0.25)
+    monkeypatch.setattr(
+        cuda_small,
+        "small_svd_batch",
+        lambda m, **k: [(*f[:3], failed if i == 1 else f[3]) for i, f in enumerate(run(m))],
+    )
+    inputs = [torch.eye(3, device=on_chip)] * 2
+    with pytest.raises(DataError, match=r"M\[1\]: Jacobi's sweeps did not converge") as caught:
+        ops.small_svd(inputs)
+    assert "2.5e-01 after 30 sweeps" in str(caught.value.got)
+    with pytest.raises(DataError, match=r"M\[1\] holds NaN"):
+        ops.small_svd([inputs[0], inputs[0] * float("nan")])
 
 
 def test_binding_refuses_what_would_crash(host_module: Any) -> None:

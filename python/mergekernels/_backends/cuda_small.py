@@ -58,10 +58,10 @@ def why_not(device: torch.device) -> str | None:
     """Why nothing can be decomposed on a device here, None if it can."""
     import torch
 
-    if importlib.util.find_spec("mergekernels._cuda") is None:
-        return "the native module _cuda is not built (it needs nvcc when the package is built)"
     if device.type != "cuda":
         return f"it computes on an NVIDIA GPU, and a tensor is on {device}"
+    if importlib.util.find_spec("mergekernels._cuda") is None:
+        return "the native module _cuda is not built (it needs nvcc when the package is built)"
     if torch.version.hip is not None:
         return "it is for NVIDIA GPUs, and this torch is built for ROCm"
     return no_gpu()
