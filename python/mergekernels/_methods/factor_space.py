@@ -48,11 +48,18 @@ class Core:
 
 
 def all_factors(deltas: Sequence[Delta]) -> list[Factors] | None:
-    """The deltas, if every one is in factors."""
+    """The deltas in one dtype, if every one is in factors. A lazy sequence is walked once."""
+    import torch
+
     from ..adapters.model import Factors
 
-    found = [d for d in deltas if isinstance(d, Factors)]
-    return found if len(found) == len(deltas) else None
+    found = []
+    for delta in deltas:
+        if not isinstance(delta, Factors):
+            return None
+        found.append(delta)
+    wide = torch.float64 if any(torch.float64 in (f.b.dtype, f.a.dtype) for f in found) else torch.float32
+    return [Factors(f.b.to(wide), f.a.to(wide)) for f in found]
 
 
 def weighted(factors: Sequence[Factors], weights: Sequence[float]) -> list[Factors]:
@@ -102,11 +109,13 @@ def _basis(level: torch.Tensor, x: torch.Tensor, singular: bool) -> tuple[torch.
         eigh = small_eigh(wide @ wide.mT, tol=1e-12)
         q = eigh.vectors[:, : eigh.rank].to(x.dtype)
         coordinates = eigh.vectors[:, : eigh.rank].mT @ x.double()
+    # A zero column has no coordinates; left to rounding, it would take part in votes.
+    there = (x != 0).any(0)
     if not singular or q.shape[1] == 0:
-        return q, coordinates, 1.0
+        return q, coordinates * there, 1.0
     svd = small_svd(coordinates)
     q, coordinates = fix_signs(q.double() @ svd.u, svd.u.mT @ coordinates)
-    return q.to(x.dtype), coordinates, small_gap(svd.s)
+    return q.to(x.dtype), coordinates * there, small_gap(svd.s)
 
 
 def _scale(level: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

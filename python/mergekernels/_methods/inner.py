@@ -115,8 +115,10 @@ class Inner:
         for param, value in defaults.items():
             if own[param].keyword not in arguments:
                 arguments[own[param].keyword] = value
-        if "scope" in own:
+        if "scope" in own and "inner" not in own:
             arguments["scope"] = scope
+        if "lambda" in own:
+            arguments[own["lambda"].keyword] = 1.0  # the outer method's driver scales
         after = None
         if isinstance(method, Pipeline) and method.elections.get(dialect) == "paper":
             after = tuple(weights)

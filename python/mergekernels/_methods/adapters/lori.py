@@ -130,9 +130,10 @@ class Lori:
 def group_of(name: str, granularity: str) -> str:
     """The group of a module's B: modules with equal groups share a threshold.
 
-    layer : the number after the last list of blocks; what is outside has a group of its own. module : the part before
-    the last one of the path, as in self_attn. projection : the last part.
+    name : of the module, or of its weight. layer : the path up to the first number. module : the part before the last
+    one, as in self_attn. projection : the last part.
     """
+    name = name.removesuffix(".weight")
     parts = name.split(".")
     if granularity == "model":
         return ""

@@ -86,7 +86,10 @@ def tie(deltas: Sequence[Delta], cut: float | None, absolute: bool) -> Tied:
     default = rank_cut(rows, columns, torch.float64 if narrow == torch.float64 else None)
     k = _rank(svd.s, default if cut is None else cut, absolute and cut is not None)
     u, w = _signed(q @ svd.u[:, :k], svd.u[:, :k].mT)
-    return Tied(u, svd.s[:k], small_gap(svd.s[:k]), tuple(w @ part for part in parts), tuple(factors), n)
+    # A zero column has no coordinates; left to rounding, it would take part in votes.
+    there = torch.split((b != 0).any(0), ranks)
+    coefficients = tuple((w @ part) * mask for part, mask in zip(parts, there, strict=True))
+    return Tied(u, svd.s[:k], small_gap(svd.s[:k]), coefficients, tuple(factors), n)
 
 
 def _tie_dense(deltas: Sequence[torch.Tensor], cut: float | None, absolute: bool) -> Tied:
