@@ -38,7 +38,7 @@ def test_descriptions_are_complete(info: MethodInfo) -> None:
     for param in info.params:
         assert f"\n  {param.name} " in text and param.help in " ".join(text.split())
         assert param.default is REQUIRED or param.default is None or isinstance(param.default, (bool, int, float, str))
-        if param.choices and param.default is not None:
+        if param.choices and param.default is not None and param.default is not REQUIRED:
             assert param.default in param.choices
     assert len({p.keyword for p in info.params}) == len(info.params)
     assert max(map(len, text.splitlines())) <= 120

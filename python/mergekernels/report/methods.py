@@ -131,7 +131,9 @@ def _parameter(param: Param, width: int) -> str:
         line.append(default if param.default is REQUIRED else f"default {default}")
     if param.keyword != param.name:
         line.append(f"`{param.keyword}` in Python")
-    return f"  {param.name:<{width}}  {', '.join(line)}\n" + _wrap(param.help, " " * (width + 4))
+    indent = " " * (width + 4)
+    head = textwrap.fill(", ".join(line), _WIDTH, initial_indent=f"  {param.name:<{width}}  ", subsequent_indent=indent)
+    return f"{head}\n{_wrap(param.help, indent)}"
 
 
 def _value(value: Any) -> str:

@@ -116,7 +116,7 @@ class RobustMerge(PerModule):
         if clamp is None:
             clamp = 0.0 if spec.dialect == "paper" else _CLAMP
         ratios = [_ratios(f, p, clamp) for f, p in zip(used, pruned, strict=True)]
-        total = sum(ratios[1:], ratios[0])
+        total = _sum(ratios)
         safe = total.where(total > 0, total.new_ones(()))
         scale = spec.params["factor_scale"]
         b = _sum([p.b * (c / safe).to(p.b.dtype) for p, c in zip(pruned, ratios, strict=True)]) * scale
@@ -144,11 +144,14 @@ def _pruned(x: torch.Tensor, keep: float) -> torch.Tensor:
 
 
 def _ratios(f: Factors, pruned: Factors, clamp: float) -> torch.Tensor:
-    """C of one adapter, float64: 0 where the pruned row is zero."""
+    """The ratios c of one adapter, float64: 0 where the pruned row is zero, clamped or not."""
     whole = f.a.double().abs().sum(1)
     left = pruned.a.double().abs().sum(1)
-    c = (whole / left.where(left > 0, left.new_ones(()))).where(left > 0, left.new_zeros(()))
-    return c.clamp_min(c.sort().values[int(clamp * f.rank)]) if clamp > 0.0 else c
+    none = left.new_zeros(())
+    c = (whole / left.where(left > 0, left.new_ones(()))).where(left > 0, none)
+    if clamp > 0.0:
+        c = c.clamp_min(c.sort().values[int(clamp * f.rank)])
+    return c.where(left > 0, none)
 
 
 def _sum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from ..inner import Inner, inner_params
 from ..inner_scope import Coordinates, Passing, Place, advance, begin, measure_pass, resolve_alone, write
 from ..matrix import MatrixSpec, Merged
 from ..protocol import MethodInfo, Param
+from .common import CONV, EXCLUDE, EXPERTS
 from .tied import Tied, tie
 
 if TYPE_CHECKING:
@@ -64,6 +65,9 @@ class Knots:
                 default="model",
                 choices=("model", "tensor"),
             ),
+            EXCLUDE,
+            CONV,
+            EXPERTS,
             FOLD_SCALE,
             *inner_params(_ELEMENTWISE),
         ),

@@ -12,6 +12,7 @@ from ..inner import Inner, inner_params, run_inner
 from ..inner_scope import Coordinates, resolve_alone, write
 from ..matrix import MatrixSpec, Merged
 from ..protocol import MethodInfo, Param
+from .common import CONV, EXCLUDE, EXPERTS
 
 if TYPE_CHECKING:
     import torch
@@ -52,10 +53,13 @@ class Lore(PerModule):
                 default=1.0,
             ),
             LAMBDA,
+            EXCLUDE,
+            CONV,
+            EXPERTS,
             FOLD_SCALE,
             *inner_params(("ties",)),
         ),
-        base="required",
+        base="optional",
         passes="dense: one soft threshold per model and sweep; factors: 2 QR decompositions, then one SVD of the size "
         "of the sum of ranks per model and sweep",
         source="Liu et al. 2025, LoRE-Merging, arXiv 2502.10749 (objective and loop); no code by the authors is known",
