@@ -189,7 +189,9 @@ def test_replaced_tensors_are_carried_or_refused() -> None:
     merged = mk.merge_adapters([with_head, two], "cat")
     assert torch.equal(merged.extras["head.weight"](), head)
     assert any("head.weight" in w for w in merged.report.warnings)
-    also = Adapter("also", two.modules, extras={"head.weight": lambda: head})
+    equal = Adapter("equal", two.modules, extras={"head.weight": lambda: head.clone()})
+    assert torch.equal(mk.merge_adapters([with_head, equal], "cat").extras["head.weight"](), head)
+    also = Adapter("also", two.modules, extras={"head.weight": lambda: head + 1})
     with pytest.raises(InputError, match=r"head\.weight.*head, also"):
         mk.merge_adapters([with_head, also], "cat")
 

@@ -12,6 +12,8 @@ from .model import Adapter, Module, Site
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    import torch
+
 __all__ = ["Aligned", "Place", "align", "listed", "raise_all"]
 
 
@@ -53,11 +55,11 @@ def align(
     Raises
     ------
     InputError, ArgumentError, PlanError (several of them) : different bases, modules of different kinds or shapes,
-        targets that the base lacks, no common module, an adapter without modules, replaced tensors that two adapters
-        hold, unequal ranks.
+        targets that the base lacks, no common module, an adapter without modules, replaced tensors of which two
+        adapters hold different values, unequal ranks.
     """
     problems: list[MergeError] = []
-    warnings: list[str] = []
+    warnings = [note for adapter in adapters for note in adapter.notes]
     _check_bases(adapters, base is not None, problems, warnings)
     _check_extras(adapters, problems)
     names = sorted({name for adapter in adapters for name in adapter.modules})
@@ -90,13 +92,11 @@ def listed(names: Iterable[str], most: int = 5) -> str:
 
 
 def _check_bases(adapters: Sequence[Adapter], given: bool, problems: list[MergeError], warnings: list[str]) -> None:
-    by_name: dict[str, str] = {}
-    for adapter in adapters:
-        if adapter.base:
-            by_name.setdefault(adapter.base.rstrip("/"), adapter.label)
-    if len(by_name) < 2:
+    named = [a for a in adapters if a.base]
+    others = [a for a in named[1:] if not _same_base(named[0], a)]
+    if not others:
         return
-    text = "; ".join(f"{label}: {name}" for name, label in list(by_name.items())[:4])
+    text = "; ".join(f"{a.label}: {_base_name(a)}" for a in [named[0], *others[:3]])
     if given:
         warnings.append(f"the adapters name different bases, all were checked against the one given ({text})")
         return
@@ -111,22 +111,42 @@ def _check_bases(adapters: Sequence[Adapter], given: bool, problems: list[MergeE
     )
 
 
+def _base_name(adapter: Adapter) -> str:
+    revision = adapter.config.get("revision")
+    return adapter.base + (f" at revision {revision}" if revision else "")
+
+
+def _same_base(one: Adapter, two: Adapter) -> bool:
+    """Equal names and revisions. A revision that is not named agrees with any; of a local path the last part counts."""
+    first, second = one.base.rstrip("/"), two.base.rstrip("/")
+    revisions = one.config.get("revision"), two.config.get("revision")
+    if all(revisions) and revisions[0] != revisions[1]:
+        return False
+    local = any(n.startswith(("/", ".", "~")) or n.count("/") > 1 for n in (first, second))
+    return first == second or (local and first.rpartition("/")[2] == second.rpartition("/")[2])
+
+
 def _check_extras(adapters: Sequence[Adapter], problems: list[MergeError]) -> None:
-    holders: dict[str, list[str]] = {}
+    """Several adapters may hold a replaced tensor only with equal values: a copy of the base's, for example."""
+    holders: dict[str, list[Adapter]] = {}
     for adapter in adapters:
         for name in adapter.extras:
-            holders.setdefault(name, []).append(adapter.label)
-    for name, labels in holders.items():
-        if len(labels) > 1:
+            holders.setdefault(name, []).append(adapter)
+    for name, held in holders.items():
+        if any(not _equal(held[0].extras[name](), other.extras[name]()) for other in held[1:]):
             problems.append(
                 InputError(
                     "several adapters replace this tensor (modules_to_save), and replaced tensors are not merged",
                     code="adapter.modules_to_save",
                     tensor=name,
-                    expected="one adapter that replaces it",
-                    got=listed(labels),
+                    expected="one adapter that replaces it, or equal values",
+                    got=listed(a.label for a in held),
                 )
             )
+
+
+def _equal(one: torch.Tensor, two: torch.Tensor) -> bool:
+    return one.dtype == two.dtype and one.shape == two.shape and bool((one == two).all())
 
 
 def _check_place(place: Place, adapters: Sequence[Adapter], equal_ranks: bool, problems: list[MergeError]) -> None:
@@ -165,6 +185,8 @@ def _check_targets(
 ) -> None:
     for place in places:
         site = place.site
+        if any(site.weight in adapter.extras for adapter in adapters):
+            continue  # the weight comes from an adapter, perhaps with another vocabulary
         holders = listed(a.label for a, e in zip(adapters, place.entries, strict=True) if e is not None)
         shape = base.get(site.weight)
         if shape is None:
