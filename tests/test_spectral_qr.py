@@ -1,15 +1,15 @@
-"""`tall_qr`: orthogonality, reconstruction and rank within the promise, on every spectrum, dtype and cut into shards."""
+"""`tall_qr`: orthogonality, reconstruction and rank within the promise, on every spectrum, dtype and cut."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from spectra import F64, SPECTRA, gaussian, matrix, relative, values, with_values
 
 import mergekernels as mk
 from mergekernels import ops
 from mergekernels.ops.spectral.gram import gram
 from mergekernels.ops.spectral.sharded import BLOCK
+from spectra import F64, SPECTRA, gaussian, matrix, relative, values, with_values
 
 
 def off_orthonormal(q):

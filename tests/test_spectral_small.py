@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from spectra import F64, SPECTRA, gaussian, matrix, orthonormal, values, with_values
 
 import mergekernels as mk
 from mergekernels import ops
+from spectra import F64, SPECTRA, gaussian, matrix, orthonormal, values, with_values
 
 SHAPES = [(1, 1), (16, 16), (40, 24), (24, 40), (3, 90), (150, 130)]
 

@@ -29,6 +29,10 @@ def newton_schulz(parts: list[torch.Tensor], tol: float) -> list[torch.Tensor]:
     """
     import torch
 
+    # Squares must not leave the range of the dtype, however small or large the matrix is.
+    size = torch.stack([p.abs().amax((-2, -1), keepdim=True).to(parts[0].device) for p in parts if p.numel()]).amax(0)
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    parts = [p / size.to(p.device) for p in parts]
     g = plain_gram(parts)
     # An upper bound of sigma_1: an estimate that can be low would let the iteration diverge.
     bound = torch.linalg.matrix_norm(g, ord=1, keepdim=True).sqrt()
@@ -37,7 +41,7 @@ def newton_schulz(parts: list[torch.Tensor], tol: float) -> list[torch.Tensor]:
     g = g / scale**2
     # The bound may be up to sqrt(n) above sigma_1; what it really is decides how low the steps must reach.
     slack = float((bound / _largest(g, scale)).max().clamp_min(1.0)) if g.numel() else 1.0
-    steps = schedule(min(0.99, max(tol / slack, LOWEST)))
+    steps = schedule(min(0.99, max(tol / slack, LOWEST)), 3 if g.dtype == torch.float64 else 2)
     for i, (a, b, c) in enumerate(steps):
         if i:
             g = plain_gram(parts)

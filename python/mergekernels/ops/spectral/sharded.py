@@ -86,7 +86,8 @@ Matrix = Union["torch.Tensor", Sharded]
 def check_matrix(x: Any, what: str) -> Matrix:
     """`x` as a finite matrix in float32 or float64 (16-bit input is widened, exactly).
 
-    Errors: ArgumentError for what is not a matrix, DataError for NaN or Inf; both name `what`.
+    Errors: ArgumentError for what is not a matrix, DataError for NaN, Inf, or float64
+    entries whose squares leave its range; all name `what`.
     """
     import torch
 
@@ -102,6 +103,16 @@ def check_matrix(x: Any, what: str) -> Matrix:
         low, high = torch.aminmax(plain)
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
             raise DataError(f"{what} holds NaN or Inf", code="data.nonfinite", tensor=what, hint="Repair the input.")
+        size = max(float(high), -float(low)) if plain.dtype == torch.float64 else 1.0
+        if size > 0 and not 1e-140 < size < 1e140:
+            raise DataError(
+                f"{what} is so small or large that its squares leave the range of float64",
+                code="data.range",
+                tensor=what,
+                expected="a largest entry between 1e-140 and 1e140",
+                got=f"{size:.3g}",
+                hint="Scale it.",
+            )
     return widen(plain)
 
 
