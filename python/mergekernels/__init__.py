@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ._methods.catalogue import methods
     from .adapters.merge import merge_adapters
     from .adapters.merged import MergedAdapter
+    from .continual.step import continual_merge
     from .engine.diff import diff
     from .engine.run import plan, run
     from .engine.verify import verify
@@ -27,6 +28,7 @@ __all__ = [
     "MergedAdapter",
     "__version__",
     "backends",
+    "continual_merge",
     "diff",
     "merge",
     "merge_adapters",
@@ -42,6 +44,7 @@ _HOME = {
     "MergeError": "errors",
     "MergedAdapter": "adapters.merged",
     "backends": "_backends.status",
+    "continual_merge": "continual.step",
     "diff": "engine.diff",
     "merge": "merging",
     "merge_adapters": "adapters.merge",
