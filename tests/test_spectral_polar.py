@@ -1,7 +1,7 @@
-"""`polar` and `nuclear_norm` on every route: beside U V^T in float64, with rank, residual and what the routes fall back to.
+"""`polar` and `nuclear_norm` on every route: beside U V^T in float64, with rank, residual and fall-backs.
 
-Bounds follow the promise: 1e-5 up to a condition of 1e2 of the support, then in proportion; iterations and the Gram route
-stay far below.
+Bounds follow the promise: 1e-5 up to a condition of 1e2 of the support, then in proportion; iterations and the Gram
+route stay far below.
 """
 
 from __future__ import annotations
