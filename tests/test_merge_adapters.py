@@ -278,12 +278,12 @@ def test_many_adapters_are_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_batches_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mergekernels.adapters import merge
+    from mergekernels.adapters import cutting
 
     many = [site(f"m{i}", 24, 16) for i in range(6)] + SITES
     group = adapters(3, many, [3])
     once = mk.merge_adapters(group, "svd", rank=4)
-    monkeypatch.setattr(merge, "_BATCH_BYTES", 1)
+    monkeypatch.setattr(cutting, "_BATCH_BYTES", 1)
     single = mk.merge_adapters(group, "svd", rank=4)
     again = mk.merge_adapters(group, "svd", rank=4)
     for at in many:

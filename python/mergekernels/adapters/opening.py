@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Union
 
 from ..errors import ArgumentError
+from ..ops.arguments import check_integer
+from .align import align
+from .cutting import Limits
+from .job import Job, bind_job
 from .model import Adapter
+from .peft_dialect import rslora_factor
+from .truncate import Spread, check_cut
 
 if TYPE_CHECKING:
+    import torch
+
+    from ..formats.adapters import Base
     from .merged import MergedAdapter
 
-__all__ = ["AdapterInput", "open_adapters"]
+__all__ = ["AdapterInput", "open_adapters", "open_job"]
 
 AdapterInput = Union[
     str, "PathLike[str]", Adapter, "MergedAdapter", Mapping[str, Any], "tuple[Mapping[str, Any], Mapping[str, Any]]"
@@ -62,3 +72,35 @@ def _open(adapter: Any, index: int, base: Mapping[str, tuple[int, ...]] | None) 
         expected="a path, a mapping of tensors, a pair (mapping, config) or an adapter",
         got=type(adapter).__name__,
     )
+
+
+def open_job(
+    adapters: Iterable[AdapterInput],
+    method: str,
+    weights: Any,
+    rank: int | None,
+    energy: float | None,
+    base: Base | None,
+    dialect: str,
+    seed: int,
+    spread: Spread,
+    device: torch.device | str,
+    params: Mapping[str, Any],
+) -> tuple[Job, Limits]:
+    """Everything that a merge checks before it reads a factor; the arguments are those of `merge_adapters`."""
+    from ..formats.adapters import base_shapes
+
+    check_cut(rank, energy, spread)
+    seed = check_integer(seed, 0, 1 << 64, "seed")
+    shapes = base_shapes(base)
+    job = bind_job(method, params, weights, open_adapters(adapters, shapes), dialect, seed, device)
+    job = replace(job, aligned=align(job.adapters, shapes, equal_ranks=job.wants.equal_ranks))
+    largest = max(max(place.ranks) for place in job.aligned.places)
+    if job.method.info.name != method:  # one adapter in dialect peft
+        rank = energy = None
+    if job.wants.peft and job.dialect == "peft":
+        factor, largest = rslora_factor(job.adapters, job.wants, rank, largest)
+        if factor != 1.0:
+            note = f"dialect peft: the first adapter uses rsLoRA, so the result is multiplied by {factor:g}"
+            job = replace(job, factor=factor, notes=(*job.notes, note))
+    return job, Limits(rank, energy, largest, spread)
