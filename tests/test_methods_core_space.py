@@ -228,3 +228,33 @@ def test_more_adapters_than_an_element_wise_method_takes() -> None:
         bind_matrix(method, {"inner": "ties"}, 65, "default")
     many = [product(12, 10, 2, i) for i in range(80)]
     assert relative(merge_one("core_space", many, inner="task_arithmetic"), sum(dense(f) for f in many)) < 1e-6
+
+
+@pytest.mark.parametrize("dims", ["core", "rank", "q"])
+def test_tsv_in_the_core(dims: str) -> None:
+    """Sizes from the core, from the rank of each task, or from the matrix; flattened on request."""
+    factors = three()
+    weights = [1.0, 0.5, -2.0]
+    u, parts, v = cores(factors)
+    scaled = [w * p for w, p in zip(weights, parts, strict=True)]
+    if dims == "rank":
+        factors, weights = [product(48, 40, 6, seed, decay=0.9) for seed in range(3)], [1.0, 0.5, -2.0]
+        u, parts, v = cores(factors)
+        scaled = [w * p for w, p in zip(weights, parts, strict=True)]
+    want = brute.tsv(scaled, {"core": 13, "rank": 6, "q": 40}[dims])
+    got = merge_one("core_space", factors, inner="tsv_m", dims=dims, weights=weights)
+    assert relative(got, u @ want @ v) < 1e-5
+    flat = merge_one("core_space", factors, inner="tsv_m", dims=dims, weights=weights, flatten=True)
+    assert relative(flat, u @ brute.flatten(want, min(want.shape)) @ v) < 1e-5
+
+
+def test_tsv_of_stacks_without_full_rank() -> None:
+    a, b, _ = three()
+    absent = Factors(torch.zeros(48, 0), torch.zeros(0, 40))
+    for given in ([a, a, b], [a, absent, b]):
+        u, parts, v = cores(given)
+        live = [p for p in parts if float(p.norm()) > 1e-9]
+        k = min(u.shape[1], v.shape[0]) // len(given)
+        got = merge_one("core_space", given, inner="tsv_m")
+        assert relative(got, u @ brute.tsv(live, k * len(live)) @ v) < 1e-5
+    assert float(merge_one("core_space", [absent, absent], inner="tsv_m").norm()) == 0.0
