@@ -1,4 +1,4 @@
-// Exact sums in the Python module _cpu.
+// Exact sums, and products of factors, in the Python module _cpu.
 
 #include <optional>
 #include <string>
@@ -37,4 +37,14 @@ void bind_sums(py::module_& m) {
       },
       py::arg("row_length"), py::arg("piece"), py::arg("base"), py::arg("model"), py::arg("compute"),
       py::arg("threads"), py::arg("isa"));
+  m.def(
+      "product",
+      [](const ViewTuple& b, const ViewTuple& a, const PieceTuple& piece, const ViewTuple& out, bool add,
+         const std::string& isa) {
+        const mk::Kernels& kernels = mk::kernels_of(isa);
+        const mk::View b_view = to_view(b), a_view = to_view(a), out_view = to_view(out);
+        const py::gil_scoped_release release;
+        mk::product(b_view, a_view, to_piece(piece), out_view, add, kernels);
+      },
+      py::arg("b"), py::arg("a"), py::arg("piece"), py::arg("out"), py::arg("add"), py::arg("isa"));
 }

@@ -184,16 +184,17 @@ ERRORS = {
     "model a number": (
         "merge_method: linear\nmodels:\n- model: 7\n",
         "line 3: 'models.0.model': not a model reference; "
-        "expected a path, org/name, org/name@revision or {path: ..., revision: ...}; got 7",
+        "expected a path, org/name, org/name@revision, model+adapter or {path: ..., revision: ..., lora: adapter}; "
+        "got 7",
     ),
     "model mapping, unknown key": (
         "merge_method: linear\nmodels:\n- model: {path: a, revison: b}\n",
         "line 3: 'models.0.model': unknown key 'revison'",
         "Did you mean 'revision'?",
     ),
-    "model mapping, lora": (
-        "merge_method: linear\nmodels:\n- model: {model: a, lora: b}\n",
-        "'lora' is not supported: adapters as inputs (model+adapter) are planned",
+    "model mapping, two adapters": (
+        "merge_method: linear\nmodels:\n- model: {model: {path: a, lora: b}, lora: c}\n",
+        "line 3: 'models.0.model': an adapter on an adapter; expected one model and one adapter",
     ),
     "tokenizer": (TOP + "tokenizer: {source: union}\n", "line 3: 'tokenizer' is not supported: building a vocabulary"),
     "modules": (

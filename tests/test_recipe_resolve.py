@@ -134,7 +134,7 @@ def test_donor_without_base_is_the_first_model(here):
             "line 5: model 'org/b' is neither a local folder nor in the hub cache. Download",
         ),
         (LINEAR.replace("model: b", "model: b@main"), "line 5: a local folder has no revisions; got 'b@main'"),
-        (LINEAR.replace("model: b", "model: 'b+c'"), "line 5: 'b+c': adapters as inputs (model+adapter) are planned"),
+        (LINEAR.replace("model: b", "model: 'b+c'"), "line 5: adapter 'c' does not exist; expected a folder"),
         (LINEAR.replace("model: b", "model: b@c@d"), "line 5: model reference with several '@'"),
     ],
 )

@@ -192,6 +192,17 @@ constexpr std::int64_t divergence_scratch_bytes(std::int64_t length) {
   return (length + kBlock) * 16 + (length / kCanonicalBlock + 2) * 8;
 }
 
+// A box of the product of b (rows x rank, dense) and a (rank x cols, rows a_pitch apart), all of the compute type.
+struct ProductArgs {
+  const void* b;
+  const void* a;
+  std::int64_t rank, rows, cols, a_pitch;
+  void* out;  // rows out_pitch apart
+  std::int64_t out_pitch;
+  int add;  // to what is there
+  int compute;
+};
+
 struct LearnedArgs;  // cpu/learned.h
 
 struct Kernels {
@@ -208,6 +219,7 @@ struct Kernels {
   void (*gram_lane)(const GramArgs* args);
   void (*learned)(const LearnedArgs* args);
   void (*divergence)(const DivergenceArgs* args);
+  void (*product)(const ProductArgs* args);
 };
 
 // The best instruction set first; `count` is set to their number. Only what this machine can run.

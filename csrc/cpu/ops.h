@@ -70,4 +70,8 @@ void gram(BlockSums* sums, int axis, const Piece& piece, const View* base, const
 std::vector<double> divergence(std::int64_t length, const Piece& piece, const View& base, const View& model,
                                int compute, int threads, const Kernels& kernels);
 
+// The elements of a piece of b a (m x r, r x n; contiguous, of the dtype of `out`) to `out`, or added to it. An element
+// has the same bits whatever the piece.
+void product(const View& b, const View& a, const Piece& piece, const View& out, bool add, const Kernels& kernels);
+
 }  // namespace mergekernels

@@ -236,6 +236,13 @@ def gram(
 def divergence(row_length: int, piece: Box, base: View, model: View, compute: int, threads: int, isa: str) -> bytes:
     """One float64 per row of a flat piece of whole rows; see dispatch.Backend.divergence."""
 
+def product(b: View, a: View, piece: Box, out: View, add: bool, isa: str) -> None:
+    """The elements of a piece of b a (m x r, r x n) to `out`, or added to what is there.
+
+    Each element is +0 + b[0] a[0] + b[1] a[1] + ..., every operation rounded: the same bits in any piece. All are
+    contiguous and of one dtype, float32 or float64; ValueError otherwise.
+    """
+
 def learned(
     pass_: int,
     groups: int,

@@ -8,15 +8,17 @@ from dataclasses import dataclass, field
 
 from .._backends._device import place
 from .._backends.dispatch import Backend, load
+from .._methods.matrix import folds_scale
 from ..errors import ArgumentError, DataError
 from ..tensors import CANONICAL_BLOCK, DType, Piece, TensorView
 from .buffers import Tiles
 from .fileops import read_exact
+from .generated import Generated
 from .inputs import InputFiles, Stream, streams_of
 from .io import Io
 from .plan import Plan
-from .resolved import ResolvedTensor
-from .specs import sources_of
+from .resolved import ResolvedTensor, sources_of
+from .survey import widest
 from .tiling import Tiling
 
 __all__ = ["Context", "OpenTensor", "Worker"]
@@ -61,6 +63,8 @@ class OpenTensor:
     """The sources of one output tensor: models (and what accompanies them) in order, then the base; open files, and
     tiles of elements.
 
+    made : of a tensor for which adapters make some of the sources, else None. held : bytes of their factors.
+    by_deltas : whether the models' tiles are task vectors, see `engine.generated`.
     n : elements. tile : elements of a usual tile, a multiple of 4096. room : elements that a tile's memory can hold.
     """
 
@@ -74,11 +78,20 @@ class OpenTensor:
         self.has_base = tensor.base is not None
         self._first_companion = len(tensor.models) - tensor.companions
         self.marks = streams_of(merge.inputs, tensor.marks, ctx.inputs.first)
-        self.nbytes = sum(s.nbytes for s in (*self.streams, *self.marks))
+        self.made: Generated | None = None
+        self.by_deltas = ctx.plan.specs.generated.get(tensor.name, False)
+        if tensor.name in ctx.plan.specs.generated:
+            compute = ctx.plan.specs.compute_of(tensor.name)
+            fold = ctx.plan.specs.whole is None or folds_scale(tensor.params, merge.dialect)
+            self.made = Generated(merge, tensor, compute, self.by_deltas, ctx.backend, fold)
+        self.held = self.made.held if self.made is not None else 0
+        unread = self.made.unread if self.made is not None else ()
+        self.read_streams = [s for i, s in enumerate(self.streams) if i not in unread]
+        self.nbytes = sum(s.nbytes for s in (*self.read_streams, *self.marks))
         budget = ctx.plan.budget
-        widest = max(tensor.dtype.itemsize, *(s.dtype.itemsize for s in self.streams))
-        self.tile = budget.tile * budget.itemsize // widest // CANONICAL_BLOCK * CANONICAL_BLOCK
-        self.room = budget.buffer // widest
+        size = widest(ctx.plan.specs, tensor)
+        self.tile = budget.tile * budget.itemsize // size // CANONICAL_BLOCK * CANONICAL_BLOCK
+        self.room = budget.buffer // size
         self._fds: dict[int, int] = {}
         self._where: list[tuple[int, Stream, str]] = []
 
@@ -97,9 +110,13 @@ class OpenTensor:
         streams = [*self.streams, *self.marks]
         self._fds = self._files.acquire([s.file for s in streams])
         self._where = [(self._fds[s.file], s, str(self._files.files[s.file].path)) for s in streams]
+        if self.made is not None:
+            self.made.open()
 
     def close(self) -> None:
         """Gives descriptors back, after a last look at the files."""
+        if self.made is not None:
+            self.made.close()
         if self._fds:
             numbers, self._fds = list(self._fds), {}
             try:
@@ -131,11 +148,22 @@ class OpenTensor:
             hint="Give more memory or fewer threads.",
         )
 
-    def load(self, worker: Worker, source: int, piece: Piece) -> TensorView:
-        """Reads a piece of a source into the worker's tile; the view of it, dense and flat."""
+    def load(self, worker: Worker, source: int, piece: Piece, *, anchor: bool = False) -> TensorView:
+        """A piece of a source in the worker's tile, read or made; the view of it, dense and flat.
+
+        anchor : of the base, what the merged task vector is added to; matters where task vectors stand for the models.
+        """
+        if self.made is not None:
+            view = self.made.load(worker, source, piece, self._read, anchor=anchor)
+            if view is not None:
+                return view
+        return self._read(worker, source, piece, source)
+
+    def _read(self, worker: Worker, source: int, piece: Piece, slot: int) -> TensorView:
+        """Reads a piece of a source, as it is stored, into a tile."""
         fd, stream, path = self._where[source]
         size = stream.dtype.itemsize
-        memory, offset = worker.tiles.memory[source], stream.offset
+        memory, offset = worker.tiles.memory[slot], stream.offset
         if piece.rows <= 1 or piece.cols == piece.ld:
             read_exact(self._io, fd, memory[: piece.numel * size], offset + piece.g0 * size, path)
         else:
@@ -144,7 +172,7 @@ class OpenTensor:
                 start = offset + (piece.g0 + row * piece.ld) * size
                 read_exact(self._io, fd, memory[row * step : (row + 1) * step], start, path)
         worker.bytes_read += piece.numel * size
-        return worker.tiles.view(source, stream.dtype, self._cast(source), piece.numel)
+        return worker.tiles.view(slot, stream.dtype, self._cast(source), piece.numel)
 
     def load_marks(self, worker: Worker, piece: Piece) -> list[TensorView]:
         """Reads the masks of a flat piece that begins at a multiple of 8."""
@@ -162,7 +190,7 @@ class OpenTensor:
         return None if self._first_companion <= source < self.num_models else self.tensor.cast
 
     def load_blocks(self, worker: Worker, source: int, starts: Sequence[int], block: int) -> TensorView:
-        """Reads blocks of `block` elements, one after the other into one tile."""
+        """Reads blocks of `block` elements, one after the other into one tile. Not for sources that are made."""
         fd, stream, path = self._where[source]
         size = stream.dtype.itemsize
         step = block * size

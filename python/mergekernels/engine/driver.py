@@ -23,7 +23,6 @@ from .readahead import ReadAhead
 from .receipts import Receipt
 from .resume import finished_units
 from .scheduler import Scheduler
-from .specs import sources_of
 from .staging import Staging, published
 from .unit import Unit, sync_failure
 from .waves import run_waves
@@ -107,7 +106,7 @@ class _Run:
         return committer
 
     def _streams(self, index: int) -> list[Stream]:
-        return streams_of(self.plan.merge.inputs, sources_of(self.plan.merge.tensors[index]), self.ctx.inputs.first)
+        return streams_of(self.plan.merge.inputs, self.plan.specs.read_sources(index), self.ctx.inputs.first)
 
     def _total(self, files: list[OutputFile]) -> int:
         merge = self.plan.merge
@@ -116,8 +115,8 @@ class _Run:
         total = 0
         for file in files:
             for placed in file.tensors:
-                tensor = merge.tensors[placed.index]
-                size = sum(merge.inputs[s.input].tensors[s.tensor].nbytes for s in sources_of(tensor))
+                sources = self.plan.specs.read_sources(placed.index)
+                size = sum(merge.inputs[s.input].tensors[s.tensor].nbytes for s in sources)
                 total += size * (self.plan.reads if placed.index in members and not once else 1)
         return total
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
+from .adapted import AdaptedCheckpoint
 from .layout import OutputFile
 from .resolved import ResolvedMerge, Source
 from .smallfiles import SmallFile
@@ -36,7 +37,7 @@ def versions() -> dict[str, Any]:
 
 def input_identities(merge: ResolvedMerge) -> list[dict[str, Any]]:
     """Per input: label as written, real absolute path, and name, size, modification time (ns) and header digest of
-    each file. It is the same from every working directory.
+    each file; of a model with an adapter also what is used of that. It is the same from every working directory.
     """
     return [
         {
@@ -46,6 +47,7 @@ def input_identities(merge: ResolvedMerge) -> list[dict[str, Any]]:
                 {"name": f.path.name, "size": f.size, "mtime_ns": f.mtime_ns, "header_sha256": f.header_sha256}
                 for f in c.files
             ],
+            **({"adapter": c.identity} if isinstance(c, AdaptedCheckpoint) else {}),
         }
         for c in merge.inputs
     ]

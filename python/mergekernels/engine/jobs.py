@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import isfinite, prod, sqrt
 
 from .._backends.dispatch import require
@@ -42,9 +43,10 @@ class MergeJob:
         self._source = OpenTensor(ctx, tensor, self._n)
         self._spec = plan.specs.spec(target.placed.index)
         self._state: Round | Coeffs = plan.method.start(self._spec) if coeffs is None else coeffs
-        needs = of_tensor(plan.method, self._spec, self._state, widest(plan.merge, tensor))
-        self.least = needs.statistics
-        self.want = needs.statistics + needs.entries
+        needs = of_tensor(plan.method, self._spec, self._state, widest(plan.specs, tensor))
+        self._held = self._source.held
+        self.least = needs.statistics + self._held
+        self.want = self.least + needs.entries
         reads = plan.reads if isinstance(self._state, Round) else 1
         self.weight = reads * self._source.nbytes
         self.granted = 0
@@ -76,6 +78,9 @@ class MergeJob:
             return
         self._measure = None
         self._program = method.apply(spec, state)
+        if self._source.by_deltas:
+            # The models' tiles are task vectors already.
+            self._program = replace(self._program, subtract=False)
         if self._kept is not None:
             self._program = self._kept.marked(self._program)
         require(self._ctx.backend, self._program.features)
@@ -96,12 +101,12 @@ class MergeJob:
 
     def _refuse_size(self, needs: Needs) -> None:
         """Statistics beyond what was granted, in a pass that the method's first round did not let foresee."""
-        if needs.statistics > max(self.granted, self.least):
+        if needs.statistics > max(self.granted, self.least) - self._held:
             raise ArgumentError(
                 "the memory budget cannot hold the statistics of the tensor",
                 code="memory.too-small",
                 tensor=self.name,
-                expected=f"{needs.statistics} bytes",
+                expected=f"{needs.statistics + self._held} bytes",
                 got=f"{self.granted}",
                 hint="Give more memory or fewer threads.",
             )
@@ -122,7 +127,7 @@ class MergeJob:
         source, dtype = self._source, self._source.tensor.dtype
         assert self._program is not None and self._tiling is not None and self._writer is not None
         piece = self._tiling.piece(index)
-        views = [source.load(worker, m, piece) for m in range(len(source.streams))]
+        views = [source.load(worker, m, piece, anchor=True) for m in range(len(source.streams))]
         base = views.pop() if source.has_base else None
         self._ctx.backend.stream(
             self._program,

@@ -8,16 +8,16 @@ from typing import Any
 
 from .._backends.dispatch import require
 from .._cpu import StreamStats
-from .._methods.matrix import MatrixMethod, MatrixSpec, Merged, measured_state
+from .._methods.matrix import MatrixMethod, Merged, measured_state
 from .._methods.protocol import Spec
 from .._methods.whole import refuse_rounds, whole_of
 from ..errors import DataError
 from ..ops.program import Program
 from .context import Context, OpenTensor, Worker
-from .needs import whole_bytes
 from .readahead import ReadAhead
 from .scheduler import Scheduler
-from .whole import TaskVectors, all_threads, matrix_spec
+from .whole import TaskVectors, all_threads
+from .wholeneeds import whole_bytes
 from .writer import Target, Writer
 
 __all__ = ["MatrixJob", "measure_model"]
@@ -34,11 +34,11 @@ class _Whole:
         assert method is not None
         self.method: MatrixMethod = method
         self.spec: Spec = ctx.plan.specs.spec(index)
-        self.matrix: MatrixSpec = matrix_spec(self.spec)
         self.name = self.spec.name
         self.source = OpenTensor(ctx, ctx.plan.merge.tensors[index], self.spec.n)
         self.vectors = TaskVectors(ctx, self.source, self.spec)
-        self.want = self.least = whole_bytes(self.spec)
+        self.matrix = self.vectors.matrix
+        self.want = self.least = whole_bytes(ctx.plan.specs, index)
         self.granted = 0
         self.weight = self.source.nbytes
         self.moved = 0
@@ -105,7 +105,6 @@ class MatrixJob(_Whole):
 
     def _merge(self) -> None:
         deltas = self.vectors.matrices()
-        self.vectors.deltas = []
         self._norms = [_norm(d) for d in deltas]
         with all_threads(self.ctx.plan.budget.threads):
             if len(self.spec.shape) < 2:
@@ -120,7 +119,7 @@ class MatrixJob(_Whole):
         source, dtype, tiling = self.source, self.source.tensor.dtype, self.vectors.tiling
         assert self._writer is not None
         piece = tiling.piece(index)
-        base = source.load(worker, source.num_models, piece) if source.has_base else None
+        base = source.load(worker, source.num_models, piece, anchor=True) if source.has_base else None
         self.ctx.backend.stream(
             self._program,
             piece,
@@ -180,7 +179,6 @@ class _MeasureJob(_Whole):
             self.load(worker, index, self._passed)
             return
         deltas = self.vectors.matrices()
-        self.vectors.deltas = []
         with all_threads(self.ctx.plan.budget.threads):
             self._found[self.name] = self.method.measure(self.matrix, deltas, self._state)
 
@@ -208,7 +206,7 @@ def measure_model(ctx: Context, scheduler: Scheduler[Worker], tick: Tick) -> Any
 
     def measure(state: Any) -> Mapping[str, Any]:
         found: dict[str, Any] = {}
-        streams = (OpenTensor(ctx, plan.merge.tensors[i], 1).streams for i in members)
+        streams = (OpenTensor(ctx, plan.merge.tensors[i], 1).read_streams for i in members)
         with ReadAhead(ctx.inputs, streams, scheduler.fail) as ahead:
             jobs = (_MeasureJob(ctx, i, state, ahead.passed, found) for i in members)
             scheduler.run(jobs, lambda done, name: tick(min(done, total), total, name))
@@ -254,5 +252,9 @@ def _mean(deltas: list[Any], params: Mapping[str, Any]) -> Any:
 def _norm(delta: Any) -> float | None:
     import torch
 
-    value = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
+    if isinstance(delta, torch.Tensor):
+        value = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
+    else:
+        b, a = delta.b.double(), delta.a.double()
+        value = max(0.0, float(((b.T @ b) * (a @ a.T)).sum())) ** 0.5
     return value if isfinite(value) else None

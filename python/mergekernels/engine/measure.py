@@ -69,11 +69,11 @@ class _Sweep(Sharing):
             self._add(piece, {m: self.source.load(worker, m, piece) for m in self._sources})
             return
         starts = self._starts[index * self._per_tile : (index + 1) * self._per_tile]
-        if self._sweep.rows is None:
+        if self._sweep.rows is None and self.source.made is None:
             views = {m: self.source.load_blocks(worker, m, starts, SAMPLE_BLOCK) for m in self._sources}
             self._add(Piece.flat(0, len(starts) * SAMPLE_BLOCK), views)
             return
-        # Where the key depends on the row, every block must be at its place.
+        # Where the key depends on the row, or tiles are made, every block must be at its place.
         for start in starts:
             piece = Piece.flat(start, SAMPLE_BLOCK)
             self._add(piece, {m: self.source.load(worker, m, piece) for m in self._sources})

@@ -24,13 +24,9 @@ __all__ = [
     "of_scope",
     "of_tensor",
     "sum_segments",
-    "whole_bytes",
 ]
 
 _WORD = 8
-
-_WORK_COPIES = 6
-"""Float64 copies of one matrix to count for what a decomposition works with."""
 
 
 @dataclass(frozen=True)
@@ -160,14 +156,3 @@ def _blocks(n: int) -> int:
 
 def _table(table: Table | None) -> int:
     return 0 if table is None else _WORD * len(table.values)
-
-
-def whole_bytes(spec: Spec) -> int:
-    """Bytes that one tensor takes while it is merged whole: task vectors, the result, and what the method works with.
-
-    An estimate for the work, which differs by method and route.
-    """
-    wide = 8 if spec.compute.name == "F64" else 4
-    if len(spec.shape) < 2:
-        return spec.n * wide * (spec.num_models + 2)
-    return spec.n * (wide * (spec.num_models + 1) + 8 * _WORK_COPIES)

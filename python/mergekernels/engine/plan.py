@@ -14,13 +14,14 @@ from .._backends.dispatch import load, pick, requested, require
 from .._methods.protocol import Method
 from ..errors import ArgumentError, BackendError, InputError, MergeError, OutputError, PlanError
 from ..tensors import BF16, TensorView
+from .generated import SPARE_SLOTS
 from .identity import plan_hash
 from .io import Io
 from .layout import OutputFile, index_json, lay_out
 from .memory import TILE_BYTES, Budget, cut_budget, default_threads, memory_limit
-from .resolved import ResolvedMerge
+from .resolved import ResolvedMerge, sources_of
 from .smallfiles import SmallFile, small_files
-from .specs import Specs, method_of, sources_of
+from .specs import Specs, method_of
 from .staging import OutState, inspect_out
 from .summary import summarise
 from .survey import Survey, survey, widest
@@ -65,7 +66,8 @@ class Plan:
     def bytes_in(self) -> int:
         """Bytes of all input tensors that contribute, once."""
         merge = self.merge
-        return sum(merge.inputs[s.input].tensors[s.tensor].nbytes for t in merge.tensors for s in sources_of(t))
+        places = range(len(merge.tensors))
+        return sum(merge.inputs[s.input].tensors[s.tensor].nbytes for i in places for s in self.specs.read_sources(i))
 
     @property
     def bytes_read(self) -> int:
@@ -74,7 +76,7 @@ class Plan:
         members = set(self.specs.members)
         total = 0
         for i, t in enumerate(merge.tensors):
-            size = sum(merge.inputs[s.input].tensors[s.tensor].nbytes for s in sources_of(t))
+            size = sum(merge.inputs[s.input].tensors[s.tensor].nbytes for s in self.specs.read_sources(i))
             total += size * (self.reads if i in members else 1)
             if self.specs.whole is not None and i in members and t.base is not None:
                 # The base is read again when the result is added to it.
@@ -143,7 +145,7 @@ def make_plan(
         raise PlanError(problems)
     found = survey(specs, method)
     require(place(load(name), device), found.features)
-    budget = _budget(merge, found, memory, count, device, tile)
+    budget = _budget(specs, found, memory, count, device, tile)
     return Plan(merge, digest, files, small, budget, name, device, target, state, found, specs, method, merge.warnings)
 
 
@@ -165,11 +167,13 @@ def _pick_backend(backend: str | None, device: str) -> str:
 
 
 def _budget(
-    merge: ResolvedMerge, found: Survey, memory: str | int | None, threads: int, device: str, tile: int | None
+    specs: Specs, found: Survey, memory: str | int | None, threads: int, device: str, tile: int | None
 ) -> Budget:
     sources = itemsize = 1
-    for t in merge.tensors:
-        sources, itemsize = max(sources, len(sources_of(t)) + len(t.marks)), max(itemsize, widest(merge, t))
+    for t in specs.merge.tensors:
+        sources, itemsize = max(sources, len(sources_of(t)) + len(t.marks)), max(itemsize, widest(specs, t))
+    if specs.generated:
+        sources += SPARE_SLOTS
     best = TILE_BYTES if device == "cpu" else _GPU_TILE
     return cut_budget(
         memory_limit(memory),

@@ -24,10 +24,11 @@ from ..merging import Call
 from ..ops.assembly import alignment
 from ..ops.inputs import Inputs
 from ..tensors import DType, Piece, TensorView
+from .adapted import AdaptedCheckpoint
 from .identity import NUMERIC_POLICY, input_identities
 from .pool import Reader
-from .resolved import ResolvedMerge, ResolvedTensor, Source
-from .specs import Specs, method_of, sources_of
+from .resolved import ResolvedMerge, ResolvedTensor, Source, sources_of
+from .specs import Specs, method_of
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +68,12 @@ def recompute_sample(
             f"{merge.method} is a method of tier T2, whose last bits depend on the machine: nothing can be recomputed",
             code="verify.tier",
             hint="Run the recipe again here, and compare the two with `mergekernels diff`.",
+        )
+    if any(isinstance(c, AdaptedCheckpoint) for c in merge.inputs):
+        raise InputError(
+            "tensors that adapters make in the merge are not recomputed",
+            code="verify.adapters",
+            hint="Run the recipe again, and compare the two with `mergekernels diff`.",
         )
     notes = _compare_inputs(merge, manifest)
     published = open_checkpoint(root)

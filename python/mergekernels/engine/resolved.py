@@ -13,7 +13,7 @@ from .._methods.protocol import Method
 from ..formats.checkpoint import Checkpoint
 from ..tensors import DType
 
-__all__ = ["ResolvedMerge", "ResolvedTensor", "Source"]
+__all__ = ["ResolvedMerge", "ResolvedTensor", "Source", "sources_of"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class ResolvedTensor:
     companions: int = 0
     marks: tuple[Source, ...] = ()
     block: tuple[int, int] | None = None
+
+
+def sources_of(tensor: ResolvedTensor) -> tuple[Source, ...]:
+    """The models, then the base if there is one."""
+    return tensor.models if tensor.base is None else (*tensor.models, tensor.base)
 
 
 @dataclass(frozen=True)

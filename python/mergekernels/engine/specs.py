@@ -15,8 +15,9 @@ from .._methods.whole import Whole, refuse_rounds, whole_of
 from ..errors import InputError
 from ..ops.selection import Scope
 from ..ops.sums import Segments
-from ..tensors import DType, compute_dtype, tensor_id
-from .resolved import ResolvedMerge, ResolvedTensor, Source
+from ..tensors import F64, DType, compute_dtype, tensor_id
+from .adapted import AdaptedCheckpoint, low_rank_sources, module_of
+from .resolved import ResolvedMerge, ResolvedTensor, Source, sources_of
 
 __all__ = ["Specs", "method_of", "plain_method", "sources_of"]
 
@@ -36,17 +37,14 @@ def method_of(merge: ResolvedMerge) -> Method:
     return merge.custom or modified(plain_method(merge.method), [name for name, _ in merge.then])
 
 
-def sources_of(tensor: ResolvedTensor) -> tuple[Source, ...]:
-    """The models, then the base if there is one."""
-    return tensor.models if tensor.base is None else (*tensor.models, tensor.base)
-
-
 class Specs:
     """Makes the `Spec` of each output tensor of a merge.
 
     scope : "model" if the method measures over the whole checkpoint with these parameters.
     members : positions in `merge.tensors` of the tensors that a method merges and that have elements, in order of name.
     matrices : those of them that a method over matrices takes; tensors of one dimension get the mean.
+    generated : name of each tensor some of whose sources are made by adapters -> whether its models' tiles are task
+    vectors (see engine.generated).
 
     Raises
     ------
@@ -74,6 +72,43 @@ class Specs:
         elif self.scope == "model":
             self.model_scope = self._model_scope()
 
+        self._made_in = {merge.tensors[i].name: self.spec(i).compute for i in self.members if self._is_made(i)}
+        self.generated = {merge.tensors[i].name: self._by_deltas(i, method) for i in self.members if self._is_made(i)}
+
+    def _is_made(self, index: int) -> bool:
+        tensor = self.merge.tensors[index]
+        for source in sources_of(tensor):
+            checkpoint = self.merge.inputs[source.input]
+            if module_of(checkpoint, source.tensor) is not None:
+                return True
+            if self.whole is not None and tensor.base is not None and isinstance(checkpoint, AdaptedCheckpoint):
+                return True
+        return False
+
+    def _by_deltas(self, index: int, method: Method) -> bool:
+        """Whether a method's result on a tensor is the base and a function of task vectors."""
+        if self.merge.tensors[index].base is None:
+            return False
+        if self.whole is not None:
+            return True
+        if not method.info.modifiable:
+            return False
+        state = method.start(self.spec(index))
+        return not (isinstance(state, Round) and state.op == "divergence")
+
+    def read_sources(self, index: int) -> tuple[Source, ...]:
+        """Sources of `merge.tensors[index]` of whose stored bytes something is read."""
+        tensor = self.merge.tensors[index]
+        found = sources_of(tensor)
+        if not self.generated.get(tensor.name, False):
+            return found
+        unread = low_rank_sources(self.merge, tensor)
+        return tuple(s for i, s in enumerate(found) if i not in unread)
+
+    def compute_of(self, name: str) -> DType:
+        """The dtype in which a tensor is computed whose sources adapters make."""
+        return self._made_in[name]
+
     def _check_whole(self, method: Method, whole: MatrixMethod) -> None:
         merge = self.merge
         self.matrices = tuple(i for i in self.members if len(merge.tensors[i].shape) > 1)
@@ -99,6 +134,9 @@ class Specs:
         if tensor.cast is not None:
             sources = tensor.models[len(tensor.models) - tensor.companions :]
         dtypes = [self.merge.inputs[s.input].tensors[s.tensor].dtype for s in sources]
+        if tensor.cast is None:
+            made = (module_of(self.merge.inputs[s.input], s.tensor) for s in sources)
+            dtypes += [F64 for m in made if m is not None and m.dtype == "F64"]
         return dtypes if tensor.cast is None else [*dtypes, tensor.cast]
 
     def _model_scope(self) -> Scope:

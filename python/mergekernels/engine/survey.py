@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .._methods.protocol import Coeffs, Method, Round
-from .needs import Needs, is_sum, of_scope, of_tensor, whole_bytes
-from .resolved import ResolvedMerge, ResolvedTensor
-from .specs import Specs, sources_of
+from .adapted import factor_bytes
+from .needs import Needs, is_sum, of_scope, of_tensor
+from .resolved import ResolvedTensor, sources_of
+from .specs import Specs
+from .wholeneeds import whole_bytes
 
 __all__ = ["Survey", "survey", "widest"]
 
@@ -33,9 +35,11 @@ class Survey:
     whole: str = ""
 
 
-def widest(merge: ResolvedMerge, tensor: ResolvedTensor) -> int:
-    """Bytes of the widest element of a tensor's sources and its result."""
-    sizes = [merge.inputs[s.input].tensors[s.tensor].dtype.itemsize for s in sources_of(tensor)]
+def widest(specs: Specs, tensor: ResolvedTensor) -> int:
+    """Bytes of the widest element of a tensor's sources, as they are read or made, and its result."""
+    sizes = [specs.merge.inputs[s.input].tensors[s.tensor].dtype.itemsize for s in sources_of(tensor)]
+    if tensor.name in specs.generated:
+        sizes.append(specs.compute_of(tensor.name).itemsize)
     return max(tensor.dtype.itemsize, *sizes)
 
 
@@ -64,8 +68,14 @@ def survey(specs: Specs, method: Method) -> Survey:
     for index in specs.members:
         spec = specs.spec(index)
         state = common if common is not None else method.start(spec)
-        size = widest(merge, merge.tensors[index])
+        tensor = merge.tensors[index]
+        size = widest(specs, tensor)
         needs = of_tensor(method, spec, state, size)
+        if tensor.name in specs.generated:
+            held = factor_bytes(merge, tensor, spec.compute)
+            needs = replace(needs, statistics=needs.statistics + held)
+            if specs.generated[tensor.name]:
+                needs = replace(needs, features=needs.features | {"subtract"})
         found = found.joined(needs)
         needed, roomy = max(needed, needs.tile * size), max(roomy, needs.roomy * size)
         wants.append(needs.statistics + needs.entries)
@@ -78,7 +88,7 @@ def survey(specs: Specs, method: Method) -> Survey:
 
 def _of_whole(specs: Specs) -> Survey:
     """What whole tensors need: the largest one sets the floor."""
-    wants = sorted(((whole_bytes(spec := specs.spec(i)), spec.name) for i in specs.members), reverse=True)
+    wants = sorted(((whole_bytes(specs, i), specs.merge.tensors[i].name) for i in specs.members), reverse=True)
     features = frozenset({"subtract"}) if any(specs.spec(i).has_base for i in specs.members[:1]) else frozenset()
     reads = 2 if specs.measures_matrices else 1
     most, name = wants[0] if wants else (0, "")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..errors import MergeError, OutputError
 from ..formats.checkpoint import Checkpoint
+from .adapted import AdaptedCheckpoint
 from .manifest import FORMAT, MANIFEST_NAME
 from .resolved import ResolvedMerge
 from .smallfiles import SmallFile, folder_of
@@ -83,7 +84,8 @@ def check_apart(out: Path, merge: ResolvedMerge, small: Sequence[SmallFile]) -> 
     also compared by device and inode, which finds bind mounts and hard links.
     """
     real = os.path.join(os.path.realpath(out.parent), out.name)
-    folders = [c.path for c in merge.inputs if c.path.is_dir()]
+    adapters = [Path(c.adapter.path) for c in merge.inputs if isinstance(c, AdaptedCheckpoint)]
+    folders = [p for p in (*(c.path for c in merge.inputs), *adapters) if p.is_dir()]
     above = {os.path.dirname(real), *map(str, Path(real).parents)}
     identity = _identity(real)
     inside = identity if identity is None else _identities(real)
@@ -92,7 +94,7 @@ def check_apart(out: Path, merge: ResolvedMerge, small: Sequence[SmallFile]) -> 
         if os.path.realpath(folder) in above or _identity(folder) in outer:
             return _touches(out, folder)
     known: dict[str, bool] = {}
-    for path in (*(c.path for c in merge.inputs), *_files_read(merge, small)):
+    for path in (*(c.path for c in merge.inputs), *adapters, *_files_read(merge, small)):
         for place in _places(path):
             if place == real or place.startswith(real + os.sep):
                 return _touches(out, path)

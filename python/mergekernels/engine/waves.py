@@ -169,7 +169,7 @@ class _Wave:
             measures = self._measures(file, stats)
             known = self._read(file)
             if known is None:
-                whole = (m.source.streams for m in measures if not m.sampled)
+                whole = (m.source.read_streams for m in measures if not m.sampled)
                 with ReadAhead(self._ctx.inputs, whole, scheduler.fail) as ahead:
                     jobs = [self._job(m, ahead.passed, stats) for m in measures if m.tiles]
                     scheduler.run(
@@ -186,9 +186,9 @@ class _Wave:
         return total, visited
 
     def _job(self, measure: Measure, passed: Callable[[int], None], stats: Stats) -> _MeasureJob:
-        nbytes = 0
+        nbytes = measure.source.held
         if isinstance(measure, SumsMeasure):
-            nbytes = of_round(self._ctx.plan.method, measure.spec, self._round, 1).statistics
+            nbytes += of_round(self._ctx.plan.method, measure.spec, self._round, 1).statistics
 
         def add(name: str, found: Folded | Shared) -> None:
             with self._lock:

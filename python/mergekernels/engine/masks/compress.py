@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 from ..._backends.dispatch import require
 from ..._methods.protocol import Coeffs, Round
-from ...errors import ArgumentError, PlanError
+from ...errors import ArgumentError, InputError, MergeError, PlanError
 from ...formats.safetensors import build_header
 from ...formats.safetensors import layout as place
 from ...tensors import CANONICAL_BLOCK, DType, dtype_of, promote
+from ..adapted import AdaptedCheckpoint
 from ..committer import Committer
 from ..context import Context
 from ..events import Progress, ProgressSink
@@ -30,9 +31,8 @@ from ..memory import cut_budget, memory_limit
 from ..plan import Plan, make_plan
 from ..readahead import ReadAhead
 from ..receipts import Receipt
-from ..resolved import ResolvedMerge, Source
+from ..resolved import ResolvedMerge, Source, sources_of
 from ..scheduler import Scheduler
-from ..specs import sources_of
 from ..staging import Staging
 from ..target import check_target
 from ..unit import Unit, sync_failure
@@ -116,7 +116,15 @@ def compress(
     if not plan.specs.members:
         raise ArgumentError("there is no tensor to compress", code="masks.empty", expected="floating tensors")
     target = Path(os.path.abspath(out))
-    problems = check_target(target, merge, ())
+    problems: list[MergeError] = check_target(target, merge, ())
+    if any(isinstance(c, AdaptedCheckpoint) for c in merge.inputs):
+        problems.append(
+            InputError(
+                "masks are made of full models, not of adapters on one",
+                code="masks.adapters",
+                hint="Write the models first with `mergekernels lora apply`.",
+            )
+        )
     if problems:
         raise PlanError(problems)
     run = _Compression(_budgeted(plan, memory, device, tile), target, io, progress)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ...errors import InputError, MergeError, PlanError, RecipeError, cut
 from ...formats.checkpoint import Checkpoint, open_checkpoint
 from ...formats.hub import looks_like_hub, snapshot
+from ..adapted import adapt
 from .source import Document
-from .values import PLANNED, Reference, nearest
+from .values import Reference, nearest
 
 __all__ = ["Inputs"]
 
@@ -38,14 +40,20 @@ class Inputs:
             return None
         try:
             written = os.path.normpath(label)
-            path = self.located.get(written) or self.locate(reference)
+            model, adapter = self._parts(reference)
+            path = self.located.get(written) or self.locate(model)
             # `b` and `./b` are one input; a link to it is another, which lets one model be merged twice on purpose.
             key = written if written in self.located else os.path.abspath(path)
+            lora = None if adapter is None else self.locate(adapter, what="adapter")
+            if lora is not None:
+                key += "+" + os.path.abspath(lora)
             if key in self._known:
                 self._labels[label] = self._known[key]
                 return self._known[key]
             checkpoint = open_checkpoint(path, label=label)
             _refuse_quantised(checkpoint)
+            if lora is not None:
+                checkpoint = adapt(checkpoint, lora, label)
         except MergeError as error:
             self.failed.add(label)
             for problem in error.problems if isinstance(error, PlanError) else [error]:
@@ -61,8 +69,23 @@ class Inputs:
         """The position of a model that was added under this name."""
         return self._labels[label]
 
-    def locate(self, reference: Reference) -> Path:
-        """The folder or file of a model.
+    def _parts(self, reference: Reference) -> tuple[Reference, Reference | None]:
+        """The model, and the adapter on it: `model+adapter`, unless a file has that name."""
+        path = reference.path
+        if reference.exact or reference.lora is not None or "+" not in path or self._local(path) is not None:
+            return replace(reference, lora=None), reference.lora
+        model, _, adapter = path.partition("+")
+        if not model or not adapter or "+" in adapter:
+            raise RecipeError(
+                "a model reference with one adapter is model+adapter",
+                code="recipe.reference",
+                got=repr(cut(path)),
+                hint="A path with '+' in it is written {path: ...}",
+            )
+        return Reference(model), Reference(adapter)
+
+    def locate(self, reference: Reference, what: str = "model") -> Path:
+        """The folder or file of a model, or of an adapter.
 
         Relative paths count from the current directory, then from the recipe's folder.
         """
@@ -72,8 +95,6 @@ class Inputs:
             return local
         revision = reference.revision
         if not reference.exact:
-            if "+" in path:
-                raise RecipeError(f"'{cut(path)}': {PLANNED['lora']}", code="recipe.planned")
             if path.count("@") > 1:
                 raise RecipeError("model reference with several '@'", code="recipe.reference", got=repr(cut(path)))
             path, _, after = path.partition("@")
@@ -93,8 +114,8 @@ class Inputs:
         except (OSError, ValueError):
             siblings = []
         raise InputError(
-            f"model '{cut(path)}' does not exist",
-            code="model.missing",
+            f"{what} '{cut(path)}' does not exist",
+            code=f"{what}.missing",
             expected="a folder, a safetensors file, or org/name in the hub cache",
             hint=nearest(Path(path).name, siblings),
         )

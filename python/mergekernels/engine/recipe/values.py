@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import cut, nearest
@@ -34,7 +34,6 @@ PLANNED = {
     "residual_weight": "mergekit reads residual_weight and never uses it; remove it",
     "name": "named results of recipes with several documents are planned; run one recipe per document",
     "output": "adapters as results are planned; the result is a full checkpoint",
-    "lora": "adapters as inputs (model+adapter) are planned; merge the adapter into its model first",
     "override_architecture": "there is no table of architectures here; remove it",
 }
 """Keys of the language that this version refuses by name."""
@@ -42,14 +41,19 @@ PLANNED = {
 
 @dataclass(frozen=True)
 class Reference:
-    """A model as a recipe names it. exact : `path` came as a mapping, and `@` and `+` in it mean nothing."""
+    """A model as a recipe names it, with the adapter on it if there is one.
+
+    exact : `path` came as a mapping, and `@` and `+` in it mean nothing.
+    """
 
     path: str
     revision: str | None = None
     exact: bool = False
+    lora: Reference | None = None
 
     def __str__(self) -> str:
-        return f"{self.path}@{self.revision}" if self.revision else self.path
+        text = f"{self.path}@{self.revision}" if self.revision else self.path
+        return text if self.lora is None else f"{text}+{self.lora}"
 
 
 class Wrong(Exception):
@@ -123,19 +127,31 @@ def layers(value: Any, loc: Loc) -> str:
     return value
 
 
+_KEYS = ("model", "path", "revision", "lora")
+
+
 def reference(value: Any, loc: Loc) -> Reference:
-    """A reference from a string or from a mapping with path and revision, also under `model`."""
+    """A reference from a string or from a mapping with path and revision, also under `model`, with `lora` beside it."""
     if isinstance(value, str) and value.strip():
         return Reference(value)
     if isinstance(value, dict):
         for key in value:
-            if key in ("lora", "override_architecture") and value[key] is not None:
+            if key == "override_architecture" and value[key] is not None:
                 raise Wrong(f"'{key}' is not supported: {PLANNED[key]}")
-            if key not in ("model", "path", "revision", "lora", "override_architecture"):
-                raise Wrong(f"unknown key '{cut(str(key))}'", hint=nearest(str(key), ("model", "path", "revision")))
+            if key not in (*_KEYS, "override_architecture"):
+                raise Wrong(f"unknown key '{cut(str(key))}'", hint=nearest(str(key), _KEYS))
+        if value.get("lora") is not None:
+            model = reference({k: v for k, v in value.items() if k != "lora"}, loc)
+            adapter = reference(value["lora"], loc)
+            if model.lora is not None or adapter.lora is not None:
+                raise Wrong("an adapter on an adapter", "one model and one adapter", "List the model twice, each once")
+            return replace(model, lora=adapter)
         if "model" in value and "path" not in value and "revision" not in value:
             return reference(value["model"], loc)
         path, revision = value.get("path"), value.get("revision")
         if "model" not in value and isinstance(path, str) and path and isinstance(revision, (str, type(None))):
             return Reference(path, revision, exact=True)
-    raise Wrong("not a model reference", "a path, org/name, org/name@revision or {path: ..., revision: ...}")
+    raise Wrong(
+        "not a model reference",
+        "a path, org/name, org/name@revision, model+adapter or {path: ..., revision: ..., lora: adapter}",
+    )
