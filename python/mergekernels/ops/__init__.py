@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from .spectral.cuts import rank_cut
     from .spectral.lowrank import LowRank, lowrank
     from .spectral.mix import Mix
+    from .spectral.nuclear import nuclear_norm
     from .spectral.osrm import osrm_init
-    from .spectral.polar_factor import Polar, nuclear_norm, polar
+    from .spectral.polar_factor import Polar, polar
     from .spectral.projections import project
     from .spectral.qr import TallQR, tall_qr
     from .spectral.sharded import Sharded
@@ -76,7 +77,7 @@ _SPECTRAL = {
     "TallQR": "qr",
     "balance": "stacking",
     "lowrank": "lowrank",
-    "nuclear_norm": "polar_factor",
+    "nuclear_norm": "nuclear",
     "osrm_init": "osrm",
     "polar": "polar_factor",
     "project": "projections",

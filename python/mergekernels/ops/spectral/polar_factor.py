@@ -1,4 +1,4 @@
-"""`polar` and `nuclear_norm`: the orthogonal direction of a matrix, without its singular vectors one by one."""
+"""`polar`: the orthogonal direction of a matrix, without its singular vectors one by one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .cuts import check_tol, rank_cut
 from .gram import gram, times
 from .iterations import extremes, newton_schulz, probes, qdwh
 from .qr import tall_qr
-from .sharded import Matrix, Sharded, check_matrix, dense, split_like
+from .sharded import Matrix, Sharded, check_matrix, cut_like, dense
 from .small import small_svd
 from .stacking import balance
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ...adapters.model import Factors
 
-__all__ = ["Polar", "nuclear_norm", "polar"]
+__all__ = ["Polar", "polar"]
 
 Route = Literal["auto", "core", "gram", "svd", "newton_schulz", "qdwh"]
 ROUTES = ("auto", "core", "gram", "svd", "newton_schulz", "qdwh")
@@ -121,7 +121,7 @@ def _tall(x: Matrix, tol: float | None, route: str, nuclear: bool) -> Polar:
     if strict:
         route = _auto(x, cut)
     if min(m, n) == 0:
-        return Polar(_like(dense(x), x), 0, 0.0 if nuclear else None, 0.0, route)
+        return Polar(x, 0, 0.0 if nuclear else None, 0.0, route)
     if route == "svd":
         return _svd(x, check_tol(tol, rank_cut(m, n, x.dtype)), nuclear)
     if route == "gram":
@@ -136,13 +136,6 @@ def _tall(x: Matrix, tol: float | None, route: str, nuclear: bool) -> Polar:
 def _rows(x: Matrix) -> Sharded:
     """The matrix as row shards: as it is cut, or in one piece."""
     return x if isinstance(x, Sharded) and x.dim == 0 else Sharded([dense(x)], 0)
-
-
-def _like(p: Matrix, x: Matrix) -> Matrix:
-    """The matrix p, cut as x is."""
-    if isinstance(p, Sharded) and (not isinstance(x, Sharded) or x.dim != p.dim):
-        p = p.dense()
-    return p if isinstance(p, Sharded) else split_like(p, x)
 
 
 def measure(p: Matrix) -> tuple[float, float]:
@@ -163,7 +156,7 @@ def measure(p: Matrix) -> tuple[float, float]:
 
 def _finish(x: Matrix, p: Matrix, rank: int, total: float | None, route: str) -> Polar:
     _, off = measure(p)
-    return Polar(_like(p, x), rank, total, off / max(rank, 1) ** 0.5, route)
+    return Polar(cut_like(p, x), rank, total, off / max(rank, 1) ** 0.5, route)
 
 
 def _checked(x: Matrix, p: Matrix, cut: float, nuclear: bool, route: str, full: bool) -> Polar:
@@ -179,7 +172,7 @@ def _checked(x: Matrix, p: Matrix, cut: float, nuclear: bool, route: str, full: 
     if nuclear:
         pairs = zip(_rows(p).parts, _rows(x).parts, strict=True)
         total = sum(float((q * y).sum(dtype=torch.float64)) for q, y in pairs)
-    return Polar(_like(p, x), rank, total, off / max(rank, 1) ** 0.5, route)
+    return Polar(cut_like(p, x), rank, total, off / max(rank, 1) ** 0.5, route)
 
 
 def _svd(x: Matrix, cut: float, nuclear: bool) -> Polar:
@@ -275,30 +268,3 @@ def _core(x: Factors, what: str, tol: float | None, nuclear: bool) -> Polar:
     z = (p.b.mT @ p.b) @ (p.a @ p.a.mT)
     off = torch.linalg.matrix_norm(z - torch.eye(k, dtype=z.dtype, device=z.device)) if k else 0.0
     return Polar(p, k, float(core.s[:k].sum()) if nuclear else None, float(off) / max(k, 1) ** 0.5, "core")
-
-
-def nuclear_norm(X: Any) -> Any:
-    """The sum of singular values, float64, without vectors.
-
-    X : a matrix (2-D tensor of any float dtype, Sharded, or Factors), or a list of them. Returns a float, or a list.
-    Promise: 1e-7 relative (float32 input, from the float64 Gram of the short side); 1e-13 for float64 tensors.
-    Errors: ArgumentError, DataError for NaN or Inf.
-    """
-    return one_or_many(X, _nuclear_norm)
-
-
-def _nuclear_norm(x: Any, what: str) -> float:
-    import torch
-
-    from ...adapters.model import Factors
-
-    if isinstance(x, Factors):
-        check_matrix(x.b, f"b of {what}")
-        check_matrix(x.a, f"a of {what}")
-        b, a = balance(x.b, x.a)
-        return float(torch.linalg.svdvals(tall_qr(b).r @ tall_qr(a.mT).r.mT).sum())
-    matrix = check_matrix(x, what)
-    if matrix.dtype == torch.float64:
-        return float(torch.linalg.svdvals(dense(matrix)).sum())
-    m, n = matrix.shape
-    return float(torch.linalg.eigvalsh(gram(matrix if m >= n else matrix.mT)).clamp_min(0).sqrt().sum())

@@ -9,7 +9,7 @@ from .batching import one_or_many
 from .cuts import check_tol, power_of_two
 from .gram import gram, times
 from .iterations import extremes
-from .sharded import Matrix, Sharded, blocks, check_matrix, split_like
+from .sharded import Matrix, Sharded, blocks, check_matrix, cut_like
 
 if TYPE_CHECKING:
     import torch
@@ -113,4 +113,4 @@ def _householder(x: Matrix, tol: float) -> TallQR:
     tops = top.split(heights)
     q = torch.cat([(left @ piece).to(x.dtype) for (left, _), piece in zip(pairs, tops, strict=True)])
     rows = isinstance(x, Sharded) and x.dim == 0
-    return TallQR(split_like(q, x) if rows else q, r, p, condition)
+    return TallQR(cut_like(q, x) if rows else q, r, p, condition)

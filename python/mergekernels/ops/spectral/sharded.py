@@ -12,7 +12,7 @@ from ...errors import ArgumentError, DataError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BLOCK", "Matrix", "Sharded", "blocks", "check_matrix", "dense", "split_like", "widen"]
+__all__ = ["BLOCK", "Matrix", "Sharded", "blocks", "check_matrix", "cut_like", "dense", "widen"]
 
 BLOCK = 4096
 """Rows of one canonical block. Statistics are computed block by block from row 0, so no cut into shards shows."""
@@ -128,11 +128,13 @@ def dense(x: Matrix) -> torch.Tensor:
     return x.dense() if isinstance(x, Sharded) else x
 
 
-def split_like(y: torch.Tensor, x: Matrix) -> Matrix:
-    """`y`, cut as `x` is: the same sizes along the same dimension, on the same devices."""
+def cut_like(y: Matrix, x: Matrix) -> Matrix:
+    """`y`, cut as `x` is: the same sizes along the same dimension, on the same devices; one tensor if x is one."""
     if not isinstance(x, Sharded):
+        return dense(y)
+    if isinstance(y, Sharded) and y.dim == x.dim:
         return y
-    pieces = y.split(x.sizes, x.dim)  # type: ignore[no-untyped-call]
+    pieces = dense(y).split(x.sizes, x.dim)  # type: ignore[no-untyped-call]
     return Sharded([p.to(q.device) for p, q in zip(pieces, x.parts, strict=True)], x.dim)
 
 

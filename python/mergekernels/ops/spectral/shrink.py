@@ -10,7 +10,7 @@ from ...errors import ArgumentError
 from .batching import one_or_many
 from .gram import gram, times
 from .qr import tall_qr
-from .sharded import check_matrix
+from .sharded import check_matrix, cut_like
 from .small import small_svd
 from .stacking import balance
 
@@ -79,7 +79,7 @@ def _shrink(x: Any, what: str, mu: float, kind: str) -> SoftThreshold:
         return SoftThreshold(matrix, float(sigma.sum()), rank)
     weights = left[:rank] / sigma[:rank]
     y = times(tall, (basis[:, :rank] * weights) @ basis[:, :rank].mT, matrix.dtype)
-    return SoftThreshold(y if m >= n else y.mT, float(left.sum()), rank)
+    return SoftThreshold(cut_like(y if m >= n else y.mT, matrix), float(left.sum()), rank)
 
 
 def _shrink_factors(x: Factors, what: str, mu: float, kind: str) -> SoftThreshold:
