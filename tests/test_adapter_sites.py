@@ -177,3 +177,26 @@ def test_lazy_mappings_are_asked_again_when_loaded() -> None:
     assert sorted(asked) == sorted(TENSORS)
     adapter.modules[Q].load()
     assert len(asked) == 4
+
+
+def test_a_head_that_the_base_ties_to_its_embeddings(tmp_path: Path) -> None:
+    """PEFT trains one pair for both (ensure_weight_tying) and writes it twice, transposed; the base has one tensor."""
+    pair = embedding()
+    tensors = {
+        **pair,
+        "base_model.model.lm_head.lora_A.weight": pair["base_model.model.model.embed_tokens.lora_embedding_B"].T,
+        "base_model.model.lm_head.lora_B.weight": pair["base_model.model.model.embed_tokens.lora_embedding_A"].T,
+        "base_model.model.lm_head.base_layer.weight": draw(30, 6),
+        "base_model.model.model.embed_tokens.base_layer.weight": draw(30, 6),
+    }
+    tied = {"model.embed_tokens.weight": (30, 6)}
+    adapter = read(tmp_path, tensors, tied, ensure_weight_tying=True)
+    assert list(adapter.modules) == ["model.embed_tokens"] and list(adapter.extras) == ["model.embed_tokens.weight"]
+    assert "repeat those of the embedding" in adapter.notes[0]
+    both = ["lm_head", "model.embed_tokens"]
+    assert list(read(tmp_path, tensors, {**tied, "lm_head.weight": (30, 6)}, ensure_weight_tying=True).modules) == both
+    assert list(read(tmp_path, tensors, ensure_weight_tying=True).modules) == both
+    alone = {k: v for k, v in tensors.items() if "lm_head.lora" in k}
+    for flag in (False, True):
+        with pytest.raises(InputError, match=r"lm_head.weight.*may tie its head to the embeddings"):
+            read(tmp_path, alone, {**tied, "model.x.weight": (1, 1)}, ensure_weight_tying=flag)

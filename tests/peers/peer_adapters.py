@@ -15,6 +15,7 @@ import torch
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 
@@ -127,7 +128,42 @@ def write(folder: Path) -> None:
             save_file(_weights(model.merge_and_unload()), folder / f"{name}.merged.safetensors")
     _named(folder)
     _converted(folder)
+    _transformers(folder)
     (folder / "version").write_text(peft.__version__)
+
+
+def _llama(tie: bool) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=tie))
+
+
+def _gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    special = {"bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=16, **special))
+
+
+def _transformers(folder: Path) -> None:
+    """Models as people have them: transposed weights, embeddings saved beside their factors, tied heads."""
+    head = ["embed_tokens", "lm_head", "q_proj"]
+    cases = {
+        "llama": (lambda: _llama(False), _lora(target_modules=head, task_type="CAUSAL_LM")),
+        "tied": (lambda: _llama(True), _lora(target_modules=["lm_head", "q_proj"], ensure_weight_tying=True)),
+        "gpt2": (_gpt2, _lora(target_modules="all-linear", task_type="CAUSAL_LM")),
+    }
+    for name, (make, config) in cases.items():
+        make().save_pretrained(folder / f"{name}.base")
+        model = get_peft_model(make(), config())
+        _train(model)
+        model.save_pretrained(folder / name)
+        delta = model.base_model.model.lm_head.get_delta_weight("default") if name == "tied" else None
+        merged = model.merge_and_unload()
+        if delta is not None:
+            # One tensor for embeddings and head: PEFT adds the one delta to it twice.
+            merged.lm_head.weight.data -= delta
+        merged.save_pretrained(folder / f"{name}.merged")
 
 
 def _named(folder: Path) -> None:

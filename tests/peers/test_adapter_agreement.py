@@ -85,6 +85,17 @@ def test_what_peft_writes(folder: Path, case: str, with_base: bool) -> None:
     _same(_applied(adapter, base), merged)
 
 
+@pytest.mark.parametrize("case", ["llama", "tied", "gpt2"])
+def test_models_of_transformers(folder: Path, case: str) -> None:
+    adapter = read_adapter(folder / case, base=folder / f"{case}.base")
+    base = load_file(folder / f"{case}.base" / "model.safetensors")
+    merged = load_file(folder / f"{case}.merged" / "model.safetensors")
+    kinds = {m.site.kind for m in adapter.modules.values()}
+    assert kinds == ({"fan_in_fan_out"} if case == "gpt2" else {"embedding", "linear"})
+    assert set(adapter.extras) == ({"lm_head.weight", "model.embed_tokens.weight"} if case == "llama" else set())
+    _same(_applied(adapter, base), merged)
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_variants_are_refused_by_name(folder: Path, case: str) -> None:
     with pytest.raises((InputError, PlanError)) as caught:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from .stored import Stored
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Pair", "build_module", "check_pair", "locate", "raise_all"]
+__all__ = ["Pair", "build_module", "check_pair", "locate", "raise_all", "some"]
 
 _MAX_DIMS = 5
 
@@ -31,6 +31,9 @@ class Pair:
         """(b, a), (out, r) and (r, in), in the stored dtype."""
         b, a = self.b(), self.a()
         return b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1)
+
+
+_TIED = "The base may tie its head to the embeddings: an adapter of the head alone cannot be merged into it"
 
 
 def check_pair(module: str, pair: Pair, kind: str, where: str) -> None:
@@ -104,7 +107,7 @@ def locate(module: str, shapes: Mapping[str, tuple[int, ...]] | None, where: str
             code="adapter.target-missing",
             file=where,
             tensor=name,
-            hint=nearest(name, shapes),
+            hint=_TIED if module.rpartition(".")[2] == "lm_head" else nearest(name, shapes),
         )
     return shapes[name]
 
@@ -116,3 +119,9 @@ def raise_all(problems: Iterable[MergeError]) -> None:
         raise found[0]
     if found:
         raise PlanError(found)
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """Names for a sentence, the first few of many."""
+    shown = ", ".join(f"'{n}'" for n in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from ...adapters.model import Adapter, Module
 from ...errors import InputError, MergeError
-from .config import matching, scaling_of
-from .factors import Pair, build_module, check_pair, locate, raise_all
+from .config import scaling_of
+from .extras import extras_of, tied_heads
+from .factors import Pair, build_module, check_pair, locate, raise_all, some
 from .keys import Key, parse_key
+from .orientation import Orientation
 from .refused import refuse
-from .sites import Kind, common_prefix
+from .sites import Kind, Moved
 from .stored import Source, Stored
 
 __all__ = ["build_peft"]
-
-_EMBEDDINGS = ("embed_tokens", "lm_head")
-_LISTED = 5
 
 
 def build_peft(
@@ -58,12 +56,15 @@ def build_peft(
             code="adapter.empty",
             file=where,
             expected="tensors such as base_model.model.<module>.lora_A.weight",
-            got=_some(list(tensors)) or "an empty file",
+            got=some(list(tensors)) or "an empty file",
         )
-    moved = _moved(list(pairs), shapes, where)
-    extras, problems = _extras(keys, tensors, config, pairs, moved, where)
+    moved = Moved(list(pairs), shapes, where)
+    tied = tied_heads(pairs, config, shapes, moved)
+    keys = {t: k for t, k in keys.items() if k.module not in tied}
+    pairs = {m: p for m, p in pairs.items() if m not in tied}
+    extras, problems = extras_of(keys, tensors, config, pairs, moved, where)
     raise_all(problems)
-    flags = _Orientation(config, metadata or {}, where)
+    flags = Orientation(config, metadata or {}, where)
     modules: dict[str, Module] = {}
     for stored_as in sorted(pairs):
         module = moved(stored_as)
@@ -89,6 +90,7 @@ def build_peft(
     raise_all(problems)
     flags.check(modules, where)
     notes = [moved.note] if moved.note else []
+    notes += [f"{where}: factors of '{m}' repeat those of the embedding, to which the base ties it" for m in tied]
     if scaling.alpha == 0:
         notes.append(f"{source.label}: lora_alpha is 0, so the adapter changes nothing")
     return Adapter(
@@ -154,117 +156,3 @@ def _pairs(
         else:
             pairs[module] = embedding, Pair(both["B"], both["A"])
     return pairs, problems
-
-
-class _moved:
-    """Module path as stored -> path in the base."""
-
-    def __init__(self, modules: list[str], shapes: Mapping[str, tuple[int, ...]] | None, where: str) -> None:
-        change = common_prefix(modules, shapes) if shapes is not None else ("", "")
-        # Nothing fits: the paths stay, and the first lookup names the tensor that the base lacks.
-        self.removed, self.added = change or ("", "")
-        self.note = ""
-        if self.removed or self.added:
-            self.note = f"{where}: module paths begin with '{self.removed}' where the base has '{self.added}'"
-
-    def __call__(self, module: str) -> str:
-        if not module.startswith(self.removed):
-            return module
-        return self.added + module[len(self.removed) :]
-
-
-def _extras(
-    keys: Mapping[str, Key],
-    tensors: Mapping[str, Stored],
-    config: Mapping[str, Any],
-    pairs: Mapping[str, object],
-    moved: _moved,
-    where: str,
-) -> tuple[dict[str, Stored], list[MergeError]]:
-    """Tensor name in the base -> the full tensor that replaces it, and the tensors that nothing explains.
-
-    PEFT writes modules_to_save, and embeddings with their head where the vocabulary was resized or they are adapted.
-    """
-    wanted = config.get("modules_to_save") or []
-    names = [wanted] if isinstance(wanted, str) else list(wanted)
-    extras: dict[str, Stored] = {}
-    problems: list[MergeError] = []
-    for tensor, key in keys.items():
-        if key.kind not in ("saved", "base_layer", "other", "alpha"):
-            continue
-        module = key.module
-        saved = key.kind == "saved" or any(
-            part == n or part.endswith(f".{n}") for n in names for part in _ancestors(module)
-        )
-        embedding = module.rpartition(".")[2] in _EMBEDDINGS
-        copied = key.kind == "base_layer" and module in pairs
-        if not (saved or embedding or copied):
-            message = "neither a LoRA factor nor named by modules_to_save"
-            hint = "Pass what PEFT's get_peft_model_state_dict returns" if key.kind == "base_layer" else None
-            problems.append(InputError(message, code="adapter.unexpected", file=where, tensor=tensor, hint=hint))
-            continue
-        extras[f"{moved(module)}.{key.leaf}"] = tensors[tensor]
-    if len(problems) > _LISTED:
-        more = f"{len(problems) - _LISTED} more tensors like these"
-        problems = [*problems[:_LISTED], InputError(more, code="adapter.unexpected", file=where)]
-    return dict(sorted(extras.items())), problems
-
-
-def _ancestors(module: str) -> list[str]:
-    pieces = module.split(".")
-    return [".".join(pieces[:n]) for n in range(1, len(pieces) + 1)]
-
-
-class _Orientation:
-    """Which linear modules store their weight as (in, out).
-
-    PEFT has one flag for all. Ours is also a list of patterns (as in rank_pattern) for models with both, and files
-    that we wrote say it in their metadata.
-    """
-
-    def __init__(self, config: Mapping[str, Any], metadata: Mapping[str, str], where: str) -> None:
-        flag = config.get("fan_in_fan_out") or False
-        try:
-            self.patterns: dict[str, None] | None = dict.fromkeys(json.loads(metadata["mergekernels.fan_in_fan_out"]))
-        except (KeyError, ValueError, TypeError):
-            self.patterns = None
-        if not isinstance(flag, bool):
-            if not isinstance(flag, list) or not all(isinstance(p, str) for p in flag):
-                raise InputError(
-                    "field 'fan_in_fan_out' of the adapter's config is unusable",
-                    code="adapter.config",
-                    file=where,
-                    expected="true, false or a list of patterns",
-                    got=repr(flag),
-                )
-            self.patterns, flag = dict.fromkeys(flag), False
-        self.flag = flag
-
-    def kind(self, module: str, dims: int) -> Kind:
-        """Kind of a module that is no embedding."""
-        if dims > 2:
-            return "conv"
-        flipped = self.flag if self.patterns is None else matching(self.patterns, module) is not None
-        return "fan_in_fan_out" if flipped else "linear"
-
-    def check(self, modules: Mapping[str, Module], where: str) -> None:
-        """Refuses square modules whose orientation nothing shows, where the base contradicts the flag elsewhere."""
-        if self.patterns is not None:
-            return
-        said: Kind = "fan_in_fan_out" if self.flag else "linear"
-        flat = [m.site for m in modules.values() if len(m.site.weight_shape) == 2 and m.site.kind != "embedding"]
-        against = [s for s in flat if s.kind != said]
-        square = [s for s in flat if s.weight_shape[0] == s.weight_shape[1]]
-        if against and square:
-            raise InputError(
-                f"fan_in_fan_out = {str(self.flag).lower()} is wrong for module '{against[0].module}', so the "
-                f"orientation of square modules is unknown: {_some([s.module for s in square])}",
-                code="adapter.orientation",
-                file=where,
-                hint="Pass config={'fan_in_fan_out': [patterns of the modules stored as (in, out)]}",
-            )
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(f"'{n}'" for n in names[:_LISTED])
-    return shown + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")

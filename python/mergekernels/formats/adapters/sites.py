@@ -13,7 +13,7 @@ from ...adapters.model import Site
 from ...errors import InputError, cut
 from ..checkpoint import Checkpoint, open_checkpoint
 
-__all__ = ["Base", "base_shapes", "common_prefix", "factor_shape", "site_of"]
+__all__ = ["Base", "Moved", "base_shapes", "common_prefix", "factor_shape", "site_of"]
 
 Kind = Literal["linear", "fan_in_fan_out", "embedding", "conv"]
 Base = Union[str, "PathLike[str]", Checkpoint, Mapping[str, Any]]
@@ -63,6 +63,24 @@ def common_prefix(modules: Iterable[str], shapes: Mapping[str, tuple[int, ...]])
         if all(p.startswith(removed) and added + p[len(removed) :] in weights for p in paths)
     ]
     return fitting[0] if len(fitting) == 1 else None
+
+
+class Moved:
+    """Module path as stored -> path in the base."""
+
+    def __init__(self, modules: list[str], shapes: Mapping[str, tuple[int, ...]] | None, where: str) -> None:
+        change = common_prefix(modules, shapes) if shapes is not None else ("", "")
+        # Nothing fits: the paths stay, and the first lookup names the tensor that the base lacks.
+        self.removed, self.added = change or ("", "")
+        self.note = ""
+        if self.removed or self.added:
+            self.note = f"{where}: module paths begin with '{self.removed}' where the base has '{self.added}'"
+
+    def __call__(self, module: str) -> str:
+        """The module's path in the base."""
+        if not module.startswith(self.removed):
+            return module
+        return self.added + module[len(self.removed) :]
 
 
 def factor_shape(kind: Kind, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
