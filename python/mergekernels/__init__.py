@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ._methods.catalogue import methods
     from .adapters.merge import merge_adapters
     from .adapters.merged import MergedAdapter
+    from .adapters.prepare import prepare_adapters
     from .continual.step import continual_merge
     from .engine.diff import diff
     from .engine.run import plan, run
@@ -35,6 +36,7 @@ __all__ = [
     "merge_state_dicts",
     "methods",
     "plan",
+    "prepare_adapters",
     "run",
     "use_backend",
     "verify",
@@ -51,6 +53,7 @@ _HOME = {
     "merge_state_dicts": "state_dicts",
     "methods": "_methods.catalogue",
     "plan": "engine.run",
+    "prepare_adapters": "adapters.prepare",
     "run": "engine.run",
     "use_backend": "_backends.dispatch",
     "verify": "engine.verify",

@@ -33,6 +33,7 @@ __all__ = [
     "MatrixMethod",
     "MatrixSpec",
     "Merged",
+    "Separable",
     "Wants",
     "folds_scale",
     "measured_state",
@@ -100,6 +101,17 @@ class Asking(Protocol):
 
     def wants(self, params: Mapping[str, Any], dialect: str) -> Wants:
         """What it asks of its driver with these parameters."""
+        ...
+
+
+@runtime_checkable
+class Separable(Protocol):
+    """A method of adapters whose weights act last: A = sum of sgn(w_t s_t) sqrt|w_t s_t| A_t, B = sum of sqrt|w_t s_t|
+    B_t, Delta = B A, with A_t and B_t that do not depend on the weights.
+    """
+
+    def separate(self, spec: MatrixSpec, deltas: Sequence[Delta]) -> list[Factors] | None:
+        """A_t and B_t of every adapter; None if the method cannot with its parameters."""
         ...
 
 

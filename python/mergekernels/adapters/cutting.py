@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from .._methods.matrix import Merged
@@ -11,7 +11,7 @@ from .job import Job
 from .model import Factors
 from .truncate import Cut, Spread, exact_factors, truncated
 
-__all__ = ["Limits", "cut_all"]
+__all__ = ["Limits", "cut_all", "cut_waiting"]
 
 _BATCH_BYTES = 128 << 20
 """Merged task vectors that wait for one batched truncation."""
@@ -38,9 +38,14 @@ class Limits:
 
 def cut_all(job: Job, limits: Limits) -> Iterator[tuple[Place, Merged, Cut]]:
     """All modules of a job with their factors."""
+    return cut_waiting(job.merged(), job, limits)
+
+
+def cut_waiting(items: Iterable[tuple[Place, Merged]], job: Job, limits: Limits) -> Iterator[tuple[Place, Merged, Cut]]:
+    """Merged task vectors with their factors, truncated as many at a time as fit a batch."""
     waiting: list[tuple[Place, Merged]] = []
     size = 0
-    for place, merged in job.merged():
+    for place, merged in items:
         delta = merged.delta
         if isinstance(delta, Factors) and delta.rank == 0:
             yield place, merged, Cut(delta, 1.0, "zero")

@@ -18,7 +18,7 @@ from .model import Adapter, Factors
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Job", "bind_job", "wants_of"]
+__all__ = ["Job", "bind_job", "plain", "wants_of"]
 
 
 def wants_of(method: MatrixMethod, params: Mapping[str, Any], dialect: str) -> Wants:
@@ -74,10 +74,17 @@ class Job:
     def merged(self) -> Iterator[tuple[Place, Merged]]:
         """The merged task vectors, lambda applied, modules of equal shape one after the other."""
         state = self.state()
-        scale = float(self.params.get("lambda", 1.0)) * self.factor
         for place in sorted(self.aligned.places, key=lambda p: (p.site.shape, sum(p.ranks))):
-            merged = self.method.merge(self.spec(place), self.deltas(place), state)
-            yield place, _scaled(merged, scale)
+            yield place, self.merge(place, state)
+
+    def merge(self, place: Place, state: Any) -> Merged:
+        """The merged task vector of one module, lambda applied."""
+        return _scaled(self.method.merge(self.spec(place), self.deltas(place), state), self.scale)
+
+    @property
+    def scale(self) -> float:
+        """What merged task vectors are multiplied with."""
+        return float(self.params.get("lambda", 1.0)) * self.factor
 
 
 def _scaled(merged: Merged, scale: float) -> Merged:
@@ -105,9 +112,9 @@ def bind_job(
     if not isinstance(method, str):
         raise ArgumentError("method is not a name", code="method.unknown", expected="a string", got=repr(method))
     chosen = get_matrix(method, "adapters")
-    given = {name: _plain(value) for name, value in arguments.items()}
+    given = {name: plain(value) for name, value in arguments.items()}
     if weights is not None:
-        given["weights"] = _plain(weights)
+        given["weights"] = plain(weights)
     params = bind_matrix(chosen, given, len(adapters), dialect)
     wants = wants_of(chosen, params, dialect)
     notes: tuple[str, ...] = ()
@@ -119,7 +126,7 @@ def bind_job(
     return Job(chosen, params, dialect, seed, wants, adapters, device, notes=notes)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Numbers and lists out of arrays, array scalars and small tensors; anything else as it is."""
     if hasattr(value, "tolist"):
         return value.tolist()

@@ -27,7 +27,7 @@ SVD_CLAMP = Param(
 
 def clamping(params: Mapping[str, Any]) -> Callable[[Factors], Factors] | None:
     """What `svd_clamp` does to truncated factors; None if there is none."""
-    share = params["svd_clamp"]
+    share = params.get("svd_clamp")
     return None if share is None else lambda factors: clamp(factors, share)
 
 

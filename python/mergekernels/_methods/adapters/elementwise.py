@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from ...ops.inputs import Inputs
 
-__all__ = ["Rule", "combine"]
+__all__ = ["Rule", "combine", "terms"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,18 @@ def combine(inputs: Inputs, outs: list[torch.Tensor], rule: Rule, weights: tuple
     ------
     DataError : NaN, Inf or overflow.
     """
+    _run(inputs, rule, [(outs, weights)])
+
+
+def terms(inputs: Inputs, outs: Sequence[list[torch.Tensor]], rule: Rule) -> None:
+    """Write what each model contributes at weight 1 into `outs[t]`: weights come after pruning and vote, so that the
+    combination is the weighted sum of these.
+    """
+    count = inputs.num_models
+    _run(inputs, rule, [(outs[t], tuple(float(u == t) for u in range(count))) for t in range(count)])
+
+
+def _run(inputs: Inputs, rule: Rule, runs: Sequence[tuple[list[torch.Tensor], tuple[float, ...]]]) -> None:
     from ..._backends.dispatch import pick, requested
     from ...ops.inputs import num_threads
     from ...ops.stream import run_program
@@ -49,17 +62,19 @@ def combine(inputs: Inputs, outs: list[torch.Tensor], rule: Rule, weights: tuple
         return
     _, backend = pick("stream", inputs.all_views, requested(None))
     threads = num_threads(None)
-    program = Program(
-        weights,
-        _kept(inputs, rule, threads),
-        base=False,
-        vote={"none": "none", "total": "plain", "frequency": "count"}[rule.vote],  # type: ignore[arg-type]
-        divisor="none" if rule.vote == "none" else "agreeing_count",
-        seed=rule.seed,
-        tensor=inputs.tensor,
-        factors=_factors(rule),
-    )
-    run_program(program, inputs, outs, backend, threads, "error")
+    keep = _kept(inputs, rule, threads)
+    for outs, weights in runs:
+        program = Program(
+            weights,
+            keep,
+            base=False,
+            vote={"none": "none", "total": "plain", "frequency": "count"}[rule.vote],  # type: ignore[arg-type]
+            divisor="none" if rule.vote == "none" else "agreeing_count",
+            seed=rule.seed,
+            tensor=inputs.tensor,
+            factors=_factors(rule),
+        )
+        run_program(program, inputs, outs, backend, threads, "error")
 
 
 def _factors(rule: Rule) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ from .common import LAMBDA, MANY, WEIGHT, PerModule
 from .peft import DEVIATIONS, PEFT
 
 if TYPE_CHECKING:
-    from ...adapters.model import Delta
+    from ...adapters.model import Delta, Factors
 
 __all__ = ["Linear", "roots"]
 
@@ -63,3 +63,14 @@ class Linear(PerModule):
             a = delta.a * on_a if a is None else a.add_(delta.a, alpha=on_a)
         assert a is not None and b is not None  # the driver has no module without an adapter
         return Merged(Factors(b, a))
+
+    def separate(self, spec: MatrixSpec, deltas: Sequence[Delta]) -> list[Factors] | None:
+        """The factors themselves; zeros where an adapter lacks the module."""
+        from ...adapters.model import Factors
+
+        factors = [d for d in deltas if isinstance(d, Factors)]
+        rank = max(f.rank for f in factors)
+        return [
+            f if f.rank else Factors(f.b.new_zeros((spec.shape[0], rank)), f.a.new_zeros((rank, spec.shape[1])))
+            for f in factors
+        ]

@@ -9,14 +9,13 @@ from ..matrix import MatrixSpec, Merged, Wants
 from ..protocol import REQUIRED, MethodInfo, Param
 from .clamp import SVD_CLAMP, clamping
 from .common import LAMBDA, WEIGHT, PerModule
-from .elementwise import Rule, combine
+from .elementwise import Rule, combine, terms
 from .linear import roots
 from .peft import DEVIATIONS, PEFT
 
 if TYPE_CHECKING:
-    import torch
-
     from ...adapters.model import Delta, Factors
+    from ...ops.inputs import Inputs
 
 __all__ = ["PRUNED"]
 
@@ -77,21 +76,38 @@ class _Pruned(PerModule):
         from ...adapters.model import Factors
 
         factors = [d for d in deltas if isinstance(d, Factors)]
-        rule = Rule(
+        rule = self._rule(spec)
+        if self._dense:
+            return self._products(spec, factors, rule)
+        sides = []
+        for inputs, weights in zip(_sides(spec, factors), roots(spec), strict=True):
+            out = inputs.tensors[0][0].new_empty(inputs.shape)
+            combine(inputs, [out], rule, weights)
+            sides.append(out)
+        return Merged(Factors(sides[1], sides[0]))
+
+    def separate(self, spec: MatrixSpec, deltas: Sequence[Delta]) -> list[Factors] | None:
+        """What each adapter contributes; None for the rules on deltas, whose terms are dense."""
+        from ...adapters.model import Factors
+
+        if self._dense:
+            return None
+        factors = [d for d in deltas if isinstance(d, Factors)]
+        sides = []
+        for inputs in _sides(spec, factors):
+            outs = [inputs.tensors[0][0].new_empty(inputs.shape) for _ in factors]
+            terms(inputs, [[out] for out in outs], self._rule(spec))
+            sides.append(outs)
+        return [Factors(b, a) for a, b in zip(*sides, strict=True)]
+
+    def _rule(self, spec: MatrixSpec) -> Rule:
+        return Rule(
             self._prune,
             spec.params["density"],
             spec.params["majority_sign_method"] if self._elects else "none",
             spec.params.get("tie_policy", "hash"),
             spec.seed,
         )
-        if self._dense:
-            return self._products(spec, factors, rule)
-        module = spec.name.removesuffix(".weight")
-        on_a, on_b = roots(spec)
-        rank = max(f.rank for f in factors)
-        a = _tensors([f.a for f in factors], (rank, spec.shape[1]), f"{module}.lora_A.weight", rule, on_a)
-        b = _tensors([f.b for f in factors], (spec.shape[0], rank), f"{module}.lora_B.weight", rule, on_b)
-        return Merged(Factors(b, a))
 
     def _products(self, spec: MatrixSpec, factors: Sequence[Factors], rule: Rule) -> Merged:
         import torch
@@ -104,16 +120,14 @@ class _Pruned(PerModule):
         return Merged(out, {"route": "tiles of the products"}, finish=clamping(spec.params))
 
 
-def _tensors(
-    tensors: Sequence[torch.Tensor], shape: tuple[int, int], name: str, rule: Rule, weights: tuple[float, ...]
-) -> torch.Tensor:
-    """The rule on one side of the factors; an adapter without the module has zeros there."""
+def _sides(spec: MatrixSpec, factors: Sequence[Factors]) -> tuple[Inputs, Inputs]:
+    """All A and all B as inputs of element-wise passes; an adapter without the module has zeros there."""
     from ...ops.inputs import gather
 
-    full = [t if tuple(t.shape) == shape else t.new_zeros(shape) for t in tensors]
-    out = full[0].new_empty(shape)
-    combine(gather(full, None, name, 0), [out], rule, weights)
-    return out
+    module, rank = spec.name.removesuffix(".weight"), max(f.rank for f in factors)
+    a = [f.a if f.rank else f.a.new_zeros((rank, spec.shape[1])) for f in factors]
+    b = [f.b if f.rank else f.b.new_zeros((spec.shape[0], rank)) for f in factors]
+    return gather(a, None, f"{module}.lora_A.weight", 0), gather(b, None, f"{module}.lora_B.weight", 0)
 
 
 def _info(prune: Literal["magnitude", "random"], elects: bool, dense: bool) -> MethodInfo:
