@@ -69,7 +69,7 @@ wheel-test: $(VENV)/.environment
 	bash tests/wheel_smoke.sh $(RUN)python
 
 bench: $(VENV)/.built
-	cd benchmarks && ../$(RUN)pytest -q --quick bench_select.py bench_stream.py bench_methods.py
+	cd benchmarks && ../$(RUN)pytest -q --quick bench_select.py bench_stream.py bench_methods.py bench_spectral.py
 	PATH="$(abspath $(RUN)):$$PATH" $(RUN)python benchmarks/bench_merge.py --small --repeat 1 --folder build/bench --out build/bench/results.json
 
 clean:

@@ -2,7 +2,7 @@
 
 `pytest bench_select.py bench_stream.py bench_methods.py` in this folder measures at full size (16 and 64 Mi elements, a
 few minutes on two cores), `--quick` at 1 Mi elements in seconds, `--results FILE` puts the numbers into the "ops"
-section of a JSON file.
+section of a JSON file. `bench_spectral.py` does the same for ops over matrices, in the section "spectral".
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import versus as matrices
 from machine import facts
 from yardsticks import Family, Recorder, records
 
@@ -75,7 +76,17 @@ def record(benchmark: Any, request: pytest.FixtureRequest) -> Recorder:
     return Recorder(benchmark, request.config.getoption("--quick"))
 
 
+@pytest.fixture
+def versus(benchmark: Any, request: pytest.FixtureRequest) -> matrices.Versus:
+    return matrices.Versus(benchmark, request.config.getoption("--quick"))
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if matrices.rows:
+        terminalreporter.section("matrices")
+        for row in matrices.rows:
+            terminalreporter.write_line(matrices.line(row))
+        _write(config, "spectral", matrices.rows)
     if not records:
         return
     terminalreporter.section("ops")
@@ -94,13 +105,18 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
                 f"select takes {e['over_stream']:.2f} times as long as the ties pass "
                 f"({e['dtype']}, {e['elements'] // MI} Mi)"
             )
+    _write(config, "ops", records)
+
+
+def _write(config: pytest.Config, section: str, found: list[dict[str, Any]]) -> None:
+    """Puts the rows into a section of the file of `--results`, if that is given."""
     target = config.getoption("--results")
     if target:
         path = Path(target)
         whole = json.loads(path.read_text()) if path.exists() else {}
-        whole["ops"] = {
+        whole[section] = {
             "machine": config.stash[_MACHINE],
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "records": records,
+            "records": found,
         }
         path.write_text(json.dumps(whole, indent=2) + "\n")
