@@ -242,12 +242,34 @@ def test_published_methods_merge(root: Path, tmp_path: Path) -> None:
         try:
             plan = cases.plan_of(path, tmp_path / name)
         except PlanError as error:
-            assert "required parameter" in str(error), error
+            assert "required parameter" in str(error) or "which recipes cannot name" in str(error), error
             continue
         execute(plan, overwrite=False, progress=None, io=cases.FaultyIo(-1, 0), start=0.0)
         again = cases.run_of(path, tmp_path / f"{name}-again")
         first = json.loads((tmp_path / name / "merge_manifest.json").read_text())
         assert again.checkpoint_sha256 == first["checkpoint_sha256"], name
+
+
+@pytest.mark.parametrize("method", ["iso_c", "tsv_m"])
+def test_equals_the_library_call(root: Path, tmp_path: Path, method: str) -> None:
+    import mergekernels as mk
+
+    params = {"exclude": "*embed*, *layers.1*", "lambda": 0.7}
+    cases.run_of(recipe(root, method, dtype="float32", parameters=params), tmp_path / "out")
+    base, *tuned = cases.state_dicts(dtype=torch.float32)
+    floats = [n for n, t in base.items() if t.is_floating_point() and t.numel()]
+    wanted = mk.merge_state_dicts(
+        [{n: t[n] for n in floats} for t in tuned],
+        method,
+        base={n: base[n] for n in floats},
+        exclude=params["exclude"],
+        scale=0.7,
+    )
+    merged = load(tmp_path / "out")
+    close({n: merged[n] for n in floats}, {n: wanted[n] for n in floats}, base)
+    routes = {n: s.get("route") for n, s in manifest(tmp_path / "out").items()}
+    assert routes["model.embed_tokens.weight"] == routes["model.layers.1.mlp.weight"] == "mean"
+    assert routes["model.layers.0.mlp.weight"] != "mean"
 
 
 def test_verify_reads_digests_and_does_not_recompute(root: Path, tmp_path: Path, flat: Flat) -> None:

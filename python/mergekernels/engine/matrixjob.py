@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._backends.dispatch import require
 from .._cpu import StreamStats
-from .._methods.matrix import MatrixMethod, Merged, measured_state
+from .._methods.matrix import MatrixMethod, MatrixSpec, Merged, measured_state
 from .._methods.protocol import Spec
+from .._methods.spectral.layout import merge_plain
 from .._methods.whole import refuse_rounds, whole_of
-from ..errors import DataError
+from ..errors import DataError, MergeError
 from ..ops.program import Program
 from .context import Context, OpenTensor, Worker
 from .readahead import ReadAhead
@@ -19,6 +21,9 @@ from .scheduler import Scheduler
 from .whole import TaskVectors, all_threads
 from .wholeneeds import whole_bytes
 from .writer import Target, Writer
+
+if TYPE_CHECKING:
+    from ..adapters.model import Delta
 
 __all__ = ["MatrixJob", "measure_model"]
 
@@ -37,7 +42,6 @@ class _Whole:
         self.name = self.spec.name
         self.source = OpenTensor(ctx, ctx.plan.merge.tensors[index], self.spec.n)
         self.vectors = TaskVectors(ctx, self.source, self.spec)
-        self.matrix = self.vectors.matrix
         self.want = self.least = whole_bytes(ctx.plan.specs, index)
         self.granted = 0
         self.weight = self.source.nbytes
@@ -65,7 +69,8 @@ class MatrixJob(_Whole):
         self._state = state
         self._program = scale_program(ctx, self.spec)
         self._pass = "load"
-        self._merged: Merged | None = None
+        self._report: dict[str, Any] = {}
+        self._warnings: list[str] = []
         self._result: Any = None
         self._norms: list[float | None] = []
         self._stats: StreamStats | None = None
@@ -104,16 +109,33 @@ class MatrixJob(_Whole):
         return False
 
     def _merge(self) -> None:
-        deltas = self.vectors.matrices()
-        self._norms = [_norm(d) for d in deltas]
+        matrices = self.vectors.matrices()
+        self._norms = [_norm(column) for column in zip(*matrices, strict=True)]
+        found = []
         with all_threads(self.ctx.plan.budget.threads):
-            if len(self.spec.shape) < 2:
-                merged = Merged(_mean(deltas, self.spec.params), {"route": "mean"})
-            else:
-                merged = self.method.merge(self.matrix, deltas, self._state)
-            del deltas
-            self._result = self.vectors.flat(merged.delta)
-        self._merged = merged
+            for spec in self.vectors.specs:
+                deltas = matrices.pop(0)
+                found.append(self._one(spec, deltas))
+                del deltas
+            self._result = self.vectors.flat([merged.delta for merged in found])
+        reports = [{key: plain(value) for key, value in merged.report.items()} for merged in found]
+        self._report = reports[0] if len(reports) == 1 else {"matrices": reports}
+        self._warnings = [
+            f"tensor '{spec.name}': {text}"
+            for spec, merged in zip(self.vectors.specs, found, strict=True)
+            for text in merged.warnings
+        ]
+
+    def _one(self, spec: MatrixSpec, deltas: list[Delta]) -> Merged:
+        try:
+            if not spec.plain:
+                return self.method.merge(spec, deltas, self._state)
+            merged = merge_plain(self.method, spec, deltas, self._state)
+            return merged if merged.report else replace(merged, report={"route": "mean"})
+        except MergeError as error:
+            if error.tensor:
+                raise
+            raise MergeError.from_dict({**error.to_dict(), "tensor": spec.name}) from error
 
     def _write(self, worker: Worker, index: int) -> None:
         source, dtype, tiling = self.source, self.source.tensor.dtype, self.vectors.tiling
@@ -133,8 +155,8 @@ class MatrixJob(_Whole):
         self._writer.put(worker, index, worker.tiles.out[: piece.numel * dtype.itemsize])
 
     def _finish(self) -> None:
-        stats, merged = self._stats, self._merged
-        assert stats is not None and merged is not None and self._writer is not None
+        stats = self._stats
+        assert stats is not None and self._writer is not None
         first, count = stats.nonfinite(0)
         if first >= 0:
             raise DataError(
@@ -147,20 +169,18 @@ class MatrixJob(_Whole):
         if first >= 0:
             raise self.source.refuse_nonfinite(None, first, count)
         self.source.close()
-        warnings = [f"tensor '{self.name}': {text}" for text in merged.warnings]
-        for text in warnings:
+        for text in self._warnings:
             self.ctx.warn(text)
-        report = {key: plain(value) for key, value in merged.report.items()}
-        statistics = {**report, "norms": self._norms, "merged_norm": _norm(self._result)}
+        statistics = {**self._report, "norms": self._norms, "merged_norm": _norm([self._result])}
         self._result = None
-        self._writer.finish(self.ctx, statistics, warnings)
+        self._writer.finish(self.ctx, statistics, self._warnings)
 
 
 class _MeasureJob(_Whole):
     """One tensor that is measured: loaded, then handed to the method."""
 
     def __init__(
-        self, ctx: Context, index: int, state: Any, passed: Callable[[int], None], found: dict[str, Any]
+        self, ctx: Context, index: int, state: Any, passed: Callable[[int], None], found: dict[str, dict[str, Any]]
     ) -> None:
         super().__init__(ctx, index)
         self._state = state
@@ -178,9 +198,12 @@ class _MeasureJob(_Whole):
         if not self._loaded:
             self.load(worker, index, self._passed)
             return
-        deltas = self.vectors.matrices()
+        matrices = self.vectors.matrices()
         with all_threads(self.ctx.plan.budget.threads):
-            self._found[self.name] = self.method.measure(self.matrix, deltas, self._state)
+            self._found[self.name] = {
+                spec.name: self.method.measure(spec, deltas, self._state)
+                for spec, deltas in zip(self.vectors.specs, matrices, strict=True)
+            }
 
     def advance(self) -> bool:
         """Loaded, then measured."""
@@ -205,13 +228,13 @@ def measure_model(ctx: Context, scheduler: Scheduler[Worker], tick: Tick) -> Any
     total = plan.bytes_in
 
     def measure(state: Any) -> Mapping[str, Any]:
-        found: dict[str, Any] = {}
+        found: dict[str, dict[str, Any]] = {}
         streams = (OpenTensor(ctx, plan.merge.tensors[i], 1).read_streams for i in members)
         with ReadAhead(ctx.inputs, streams, scheduler.fail) as ahead:
             jobs = (_MeasureJob(ctx, i, state, ahead.passed, found) for i in members)
             scheduler.run(jobs, lambda done, name: tick(min(done, total), total, name))
         # In order of the tensors, whatever the order in which they were done.
-        return {plan.merge.tensors[i].name: found[plan.merge.tensors[i].name] for i in members}
+        return {name: value for i in members for name, value in found[plan.merge.tensors[i].name].items()}
 
     return measured_state(method, plan.specs.spec(members[0]).params, plan.merge.dialect, measure)
 
@@ -240,21 +263,15 @@ def plain(value: Any) -> Any:
     return number if isfinite(number) else None
 
 
-def _mean(deltas: list[Any], params: Mapping[str, Any]) -> Any:
-    """The mean of the task vectors, each times the model's weight where the method has weights."""
-    weights = params.get("weight", (1.0,) * len(deltas))
-    total = deltas[0] * weights[0]
-    for delta, w in zip(deltas[1:], weights[1:], strict=True):
-        total = total + delta * w
-    return total / len(deltas)
-
-
-def _norm(delta: Any) -> float | None:
+def _norm(deltas: Sequence[Delta]) -> float | None:
+    """The Euclidean norm of matrices together."""
     import torch
 
-    if isinstance(delta, torch.Tensor):
-        value = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
-    else:
-        b, a = delta.b.double(), delta.a.double()
-        value = max(0.0, float(((b.T @ b) * (a @ a.T)).sum())) ** 0.5
-    return value if isfinite(value) else None
+    squares = 0.0
+    for delta in deltas:
+        if isinstance(delta, torch.Tensor):
+            squares += float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
+        else:
+            b, a = delta.b.double(), delta.a.double()
+            squares += max(0.0, float(((b.T @ b) * (a @ a.T)).sum()))
+    return squares**0.5 if isfinite(squares) else None

@@ -7,12 +7,13 @@ from math import prod
 from typing import Literal
 
 from .._methods import get, names
-from .._methods.matrix import MatrixMethod
+from .._methods.matrix import MatrixMethod, MatrixSpec, misfits
 from .._methods.matrix_table import get_matrix
 from .._methods.modifiers import modified
 from .._methods.protocol import Coeffs, Method, Round, Spec
+from .._methods.spectral.layout import Layout, layout_of
 from .._methods.whole import Whole, refuse_rounds, whole_of
-from ..errors import InputError
+from ..errors import InputError, PlanError
 from ..ops.selection import Scope
 from ..ops.sums import Segments
 from ..tensors import F64, DType, compute_dtype, tensor_id
@@ -37,12 +38,21 @@ def method_of(merge: ResolvedMerge) -> Method:
     return merge.custom or modified(plain_method(merge.method), [name for name, _ in merge.then])
 
 
+def matrix_spec(spec: Spec, layout: Layout, index: int) -> MatrixSpec:
+    """What a method over matrices is told of matrix `index` of a tensor."""
+    name = f"{spec.name}[{index}]" if layout.count > 1 else spec.name
+    shape = (layout.m, layout.n)
+    number = tensor_id(name)
+    return MatrixSpec(name, shape, spec.num_models, spec.params, spec.dialect, spec.seed, number, plain=layout.plain)
+
+
 class Specs:
     """Makes the `Spec` of each output tensor of a merge.
 
     scope : "model" if the method measures over the whole checkpoint with these parameters.
     members : positions in `merge.tensors` of the tensors that a method merges and that have elements, in order of name.
-    matrices : those of them that a method over matrices takes; tensors of one dimension get the mean.
+    matrices : those of them that a method over matrices measures, where it measures: all that are matrices to it, and
+    if it has a rule of its own for the others, these too.
     generated : name of each tensor some of whose sources are made by adapters -> whether its models' tiles are task
     vectors (see engine.generated).
 
@@ -111,16 +121,39 @@ class Specs:
 
     def _check_whole(self, method: Method, whole: MatrixMethod) -> None:
         merge = self.merge
-        self.matrices = tuple(i for i in self.members if len(merge.tensors[i].shape) > 1)
-        for index in self.members[:1]:
+        plain_too = hasattr(whole, "merge_plain")
+        found, problems = [], []
+        for number, index in enumerate(self.members):
             spec = self.spec(index)
-            refuse_rounds(method.start(spec), spec, method.info.name)
+            if number == 0:
+                refuse_rounds(method.start(spec), spec, method.info.name)
+            layout = self.layout(spec)
+            if plain_too or not layout.plain:
+                found.append(index)
+            sentences = [] if layout.plain else misfits(whole, matrix_spec(spec, layout, 0))
+            if sentences:
+                problems.append(
+                    InputError(
+                        f"{whole.info.name}: {'; '.join(sentences)}",
+                        code="matrix.shape",
+                        tensor=spec.name,
+                        got=f"a matrix ({layout.m}, {layout.n})",
+                        hint=f"exclude: '{spec.name}' gives this tensor the mean.",
+                    )
+                )
+        if problems:
+            raise PlanError(list(problems))
+        self.matrices = tuple(found)
         if len({whole.scope(merge.tensors[i].params, merge.dialect) for i in self.matrices}) > 1:
             raise InputError(
                 "some tensors are measured over the whole model and some by themselves",
                 code="scope.mixed",
                 hint="Give every tensor the same parameters.",
             )
+
+    def layout(self, spec: Spec) -> Layout:
+        """How a method over matrices sees a tensor."""
+        return layout_of(spec.params, spec.name, spec.shape)
 
     @property
     def measures_matrices(self) -> bool:

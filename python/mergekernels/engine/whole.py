@@ -5,24 +5,26 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import prod
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .._cpu import StreamStats
 from .._methods.matrix import MatrixSpec
 from .._methods.protocol import Spec
+from .._methods.spectral.layout import Layout
 from ..ops.program import Program
 from ..tensors import DType, TensorView
 from .context import Context, OpenTensor, Worker
 from .passes import refuse
+from .specs import matrix_spec
 from .tiling import Tiling, flat
 
 if TYPE_CHECKING:
     import torch
 
-    from ..adapters.model import Delta
+    from ..adapters.model import Delta, Factors
 
-__all__ = ["TaskVectors", "all_threads", "matrix_spec"]
+__all__ = ["TaskVectors", "all_threads"]
 
 _COPY = Program((1.0,), (None,), base=False, copy=True)
 _DIFFERENCE = Program((1.0, -1.0), (None, None), base=False)
@@ -30,17 +32,6 @@ _DIFFERENCE = Program((1.0, -1.0), (None, None), base=False)
 
 _turn = threading.Lock()
 """One decomposition at a time: each uses all threads of the run."""
-
-
-def matrix_spec(spec: Spec, flipped: bool = False) -> MatrixSpec:
-    """What a method over matrices is told of a tensor, which it sees as a matrix (dimension 0, the rest).
-
-    flipped : the weight is stored as (in, out), or is an embedding's: the method sees it transposed.
-    """
-    shape = (spec.shape[0], prod(spec.shape[1:])) if len(spec.shape) > 1 else (spec.n, 1)
-    if flipped:
-        shape = shape[::-1]
-    return MatrixSpec(spec.name, shape, spec.num_models, spec.params, spec.dialect, spec.seed, spec.tensor)
 
 
 @contextmanager
@@ -60,7 +51,8 @@ def all_threads(count: int) -> Iterator[None]:
 class TaskVectors:
     """The task vectors of one tensor in memory, filled tile by tile; several workers at once.
 
-    Those that are products of an adapter's factors stay factors. matrix : what the method is told of the tensor.
+    Those that are products of an adapter's factors stay factors. specs : what the method is told of the tensor, which
+    it sees as one matrix, or as several (experts). plain : it is no matrix to the method.
     """
 
     def __init__(self, ctx: Context, source: OpenTensor, spec: Spec) -> None:
@@ -68,11 +60,18 @@ class TaskVectors:
         self._source = source
         self._spec = spec
         modules = source.made.modules.values() if source.made is not None else ()
-        self._flipped = any(m.site.kind in ("fan_in_fan_out", "embedding") for m in modules)
-        self.matrix = matrix_spec(spec, self._flipped)
+        self.layout: Layout = ctx.plan.specs.layout(spec)
+        self.plain = self.layout.plain
+        # Mathematics is done in (out, in), whatever the orientation in which the base stores a weight.
+        transposed = any(m.site.kind in ("fan_in_fan_out", "embedding") for m in modules)
+        self._flipped = transposed and not self.plain and self.layout.count == 1
+        self.specs = [self._oriented(matrix_spec(spec, self.layout, i)) for i in range(self.layout.count)]
         self.tiling: Tiling = flat(source.n, source.tile)
         self._dense: dict[int, Any] = {}
         self._stats: dict[int, StreamStats] = {}
+
+    def _oriented(self, spec: MatrixSpec) -> MatrixSpec:
+        return replace(spec, shape=spec.shape[::-1]) if self._flipped else spec
 
     @property
     def compute(self) -> DType:
@@ -132,35 +131,52 @@ class TaskVectors:
             refuse(source, [(source.num_models, *self._stats[0].nonfinite(1))])
         refuse(source, ((m, *stats.nonfinite(0)) for m, stats in self._stats.items()))
 
-    def matrices(self) -> list[Delta]:
-        """The task vectors as the method takes them, on the run's device; the memory is the caller's from here on."""
+    def matrices(self) -> list[list[Delta]]:
+        """For each of `specs` the task vectors on the run's device; the memory is the caller's from here on."""
         dense, self._dense = self._dense, {}
-        return [self._matrix(m, dense.pop(m, None)) for m in range(self._spec.num_models)]
+        columns = [self._of_model(m, dense.pop(m, None)) for m in range(self._spec.num_models)]
+        return [list(row) for row in zip(*columns, strict=True)]
 
-    def _matrix(self, model: int, dense: torch.Tensor | None) -> Delta:
-        import torch
+    def _of_model(self, model: int, dense: torch.Tensor | None) -> list[Delta]:
 
         from ..adapters.model import Factors
 
-        device = self._ctx.plan.device
-        m, n = self.matrix.shape
+        device, layout = self._ctx.plan.device, self.layout
         if dense is not None:
-            return (dense.view(n, m).T if self._flipped else dense.view(m, n)).to(device)
-        if len(self._spec.shape) < 2:
-            return torch.zeros((m, n), dtype=self._kind, device=device)
+            parts = dense.view(layout.count, layout.m, layout.n).to(device)
+            return [self._matrix(p.T if self._flipped else p) for p in parts]
         made = self._source.made
         factors = made.factors(model) if made is not None else None
         if factors is None:
-            empty = torch.zeros(0, dtype=self._kind, device=device)
-            return Factors(empty.reshape(m, 0), empty.reshape(0, n))
-        b, a = factors if not self._flipped else (factors[1].T, factors[0].T)
-        return Factors(b.to(device), a.to(device))
+            return [_nothing(*spec.shape, self._kind, device) for spec in self.specs]
+        b, a = (f.to(device) for f in factors)
+        if self.plain or layout.count > 1:
+            product = (b @ a).view(layout.count, layout.m, layout.n)
+            return [self._matrix(p) for p in product]
+        return [Factors(a.T, b.T) if self._flipped else Factors(b, a)]
 
-    def flat(self, result: Delta) -> torch.Tensor:
-        """A merged task vector as the weight is stored: in the machine's memory, in one dimension, dense."""
+    def _matrix(self, matrix: torch.Tensor) -> Delta:
+        """A dense task vector; of a model that changes nothing, factors of rank 0."""
+        if self._source.has_base and not bool(matrix.any()):
+            return _nothing(matrix.shape[0], matrix.shape[1], self._kind, matrix.device)
+        return matrix
+
+    def flat(self, results: list[Delta]) -> torch.Tensor:
+        """Merged task vectors as the weight is stored: in the machine's memory, in one dimension, dense."""
         import torch
 
-        dense = result if isinstance(result, torch.Tensor) else result.dense()
-        if self._flipped:
-            dense = dense.T
-        return dense.to("cpu", self._kind).reshape(-1).contiguous()
+        parts = []
+        for result in results:
+            dense = result if isinstance(result, torch.Tensor) else result.dense()
+            dense = dense.T if self._flipped else dense
+            parts.append(dense.to("cpu", self._kind).reshape(-1))
+        return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+
+
+def _nothing(m: int, n: int, kind: torch.dtype, device: Any) -> Factors:
+    import torch
+
+    from ..adapters.model import Factors
+
+    empty = torch.zeros(0, dtype=kind, device=device)
+    return Factors(empty.reshape(m, 0), empty.reshape(0, n))

@@ -18,7 +18,7 @@ def whole_bytes(specs: Specs, index: int) -> int:
     """
     spec, tensor = specs.spec(index), specs.merge.tensors[index]
     wide = spec.compute.itemsize
-    if len(spec.shape) < 2:
+    if specs.layout(spec).plain:
         return spec.n * wide * (spec.num_models + 2)
     dense = spec.num_models - len(low_rank_sources(specs.merge, tensor))
     held = factor_bytes(specs.merge, tensor, spec.compute)

@@ -10,6 +10,7 @@ from typing import Any
 from ..._methods import names
 from ..._methods.matrix_table import matrix_names
 from ..._methods.protocol import Method
+from ..._methods.whole import whole_of
 from ...errors import ArgumentError, FormatError, MergeError, PlanError, RecipeError, cut
 from ...formats.checkpoint import Checkpoint
 from ...tensors import dtype_of
@@ -193,6 +194,16 @@ class _Resolution:
             self.problems.append(error)
             return None
         method = plain_method(schema.merge_method)
+        if whole_of(method) is not None and method.info.companions:
+            self.problems.append(
+                self._error(
+                    ("merge_method",),
+                    f"{method.info.name} needs a '{method.info.companions}' for each matrix, which recipes cannot name",
+                    code="recipe.planned",
+                    hint="Call mergekernels.merge_state_dicts, which takes them",
+                )
+            )
+            return None
         if schema.dialect not in method.info.dialects:
             self.problems.append(
                 self._error(
