@@ -45,7 +45,7 @@ def orthonormal(
     if not int(info) and len(pivots):
         least = float(pivots.min())
         if least > 2.0 * noise and least > ILL * float(pivots.max()):
-            q = torch.linalg.solve_triangular(r, wide, upper=True, left=False)
+            q = torch.linalg.solve_triangular(r.mT, wide.mT, upper=False).mT
             return q.to(w.dtype), r.cpu(), 0
     values, vectors = torch.linalg.eigh(g)
     lengths = values.clamp_min(0.0).sqrt().flip(0)

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, Union
 
 from ...adapters.model import Factors
 from ...errors import ArgumentError
-from .gram import gram
 from .mix import Mix
-from .sharded import Sharded, check_matrix, dense
+from .sharded import Sharded, blocks, check_matrix, dense
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +23,8 @@ __all__ = ["DenseMap", "FactorMap", "Input", "Map", "MixMap", "as_map", "transpo
 Input = Union["torch.Tensor", Sharded, Factors, Mix]
 """One matrix argument."""
 
-WIDE_ROWS = 512  # rows of a float32 matrix that are widened at a time: 8 MB at 2048 columns
+WIDE = 1 << 20  # elements of a float32 matrix that are widened to float64 at a time: 8 MB
+NORM_BLOCK = 1 << 16  # elements whose squares are summed at a time: they stay in the cache
 
 
 class Map(ABC):
@@ -56,6 +56,11 @@ class Map(ABC):
         """Squared Frobenius norm, float64."""
         return self._norm2()
 
+    @cached_property
+    def near_norm2(self) -> float:
+        """The same to about 1e-7 of itself, where that is cheaper."""
+        return self.norm2
+
     @abstractmethod
     def _norm2(self) -> float: ...
 
@@ -82,7 +87,7 @@ class DenseMap(Map):
         return self.shape[0] * self.shape[1]
 
     def _norm2(self) -> float:
-        return sum(square_norm(p) for p in _parts(self.x))
+        return square_norm(self.x)
 
 
 class FactorMap(Map):
@@ -112,15 +117,38 @@ class FactorMap(Map):
         return self.inner * sum(self.shape)
 
     @cached_property
+    def wide(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both factors in float64."""
+        import torch
+
+        return self.b.to(torch.float64), self.a.to(torch.float64)
+
+    @cached_property
     def grams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """b^T b and a a^T in float64."""
-        return gram(self.b), gram(self.a.mT)
+        b, a = self.wide
+        return b.mT @ b, a @ a.mT
 
     def _norm2(self) -> float:
         if self.inner > min(self.shape):  # the product is smaller than the Grams
-            return square_norm(self.dense())
+            b, a = self.wide
+            return square_norm(b @ a)
         left, right = self.grams
         return max(0.0, float((left * right).sum()))
+
+    @cached_property
+    def near_norm2(self) -> float:
+        import torch
+
+        if self.inner <= 256 or self.dtype == torch.float64:
+            return self.norm2
+        if self.inner > min(self.shape):
+            return square_norm(self.dense())
+        total = 0.0
+        for i in range(0, self.inner, 256):
+            left, right = self.b[:, i : i + 256].mT @ self.b, self.a[i : i + 256] @ self.a.mT
+            total += float((left.to(torch.float64) * right).sum())
+        return max(0.0, total)
 
 
 class MixMap(Map):
@@ -254,15 +282,15 @@ def _mix(mix: Mix, name: str) -> Map:
     return product if matrix is None else MixMap(product, matrix)
 
 
-def square_norm(x: torch.Tensor) -> float:
-    """Sum of squares in float64."""
+def square_norm(x: torch.Tensor | Sharded) -> float:
+    """Sum of squares in float64, the same bits however x is cut."""
     import torch
 
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
-
-
-def _parts(x: torch.Tensor | Sharded) -> list[torch.Tensor]:
-    return list(x.parts) if isinstance(x, Sharded) else [x]
+    total = 0.0
+    for block in blocks(x, torch.float64, max(1, NORM_BLOCK // max(1, int(x.shape[1])))):
+        flat = block.view(-1)
+        total += float(torch.dot(flat, flat))
+    return total
 
 
 def _times(x: torch.Tensor | Sharded, y: torch.Tensor) -> torch.Tensor:
@@ -285,19 +313,21 @@ def _adjoint(x: torch.Tensor | Sharded, y: torch.Tensor) -> torch.Tensor:
 
 
 def _product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """The product x @ y in the dtype of y; a narrower x is widened in pieces: no wide copy of a large matrix."""
+    """The product x @ y in the dtype of y, stored by columns; a narrower x is widened in pieces: no wide copy of it.
+
+    Products of few columns are 1.3 to 10 times as fast in MKL when written as y^T x^T.
+    """
     import torch
 
     if x.dtype == y.dtype:
-        return x @ y
-    if x.shape[0] <= 2 * WIDE_ROWS and x.shape[1] <= 2 * WIDE_ROWS:
-        return x.to(y.dtype) @ y
+        return (y.mT @ x.mT).mT
+    if x.numel() <= 4 * WIDE:
+        return (y.mT @ x.mT.to(y.dtype)).mT
     if x.stride(0) < x.stride(1):  # stored by columns: add up over pieces of columns, which are contiguous
-        total = torch.zeros((x.shape[0], y.shape[1]), dtype=y.dtype, device=y.device)
-        for i in range(0, x.shape[1], WIDE_ROWS):
-            total.addmm_(x[:, i : i + WIDE_ROWS].to(y.dtype), y[i : i + WIDE_ROWS])
-        return total
-    out = torch.empty((x.shape[0], y.shape[1]), dtype=y.dtype, device=y.device)
-    for i in range(0, x.shape[0], WIDE_ROWS):
-        torch.mm(x[i : i + WIDE_ROWS].to(y.dtype), y, out=out[i : i + WIDE_ROWS])
-    return out
+        total = torch.zeros((y.shape[1], x.shape[0]), dtype=y.dtype, device=y.device)
+        step = max(1, WIDE // x.shape[0])
+        for i in range(0, x.shape[1], step):
+            total.addmm_(y[i : i + step].mT, x[:, i : i + step].mT.to(y.dtype))
+        return total.mT
+    step = max(1, WIDE // x.shape[1])
+    return torch.cat([y.mT @ x[i : i + step].to(y.dtype).mT for i in range(0, x.shape[0], step)], 1).mT

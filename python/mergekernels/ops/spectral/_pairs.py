@@ -59,9 +59,8 @@ def leading(
         raise ArgumentError("unknown route", code="argument.route", expected=", ".join(ROUTES), got=str(route))
     if route == "core" and not isinstance(x, FactorMap):
         raise ArgumentError("the core route needs factors", code="argument.route", got="a dense matrix or a mix")
-    total = x.norm2
-    if not rank or not total > 0.0:
-        return _nothing(x, total)
+    if not rank or x.near_norm2 == 0.0:
+        return _nothing(x, x.near_norm2)
     chosen = cheapest(x, rank, energy, warm is not None) if route == "auto" else route
     if chosen == "core":
         assert isinstance(x, FactorMap)
@@ -70,7 +69,7 @@ def leading(
         return _whole(x, rank, energy)
     if chosen == "dense" and not isinstance(x, DenseMap):
         x = DenseMap(x.dense())
-    want = Want(rank, energy, total, rank_cut(*x.shape))
+    want = Want(rank, energy, x.near_norm2, rank_cut(*x.shape))
     flip = x.shape[0] < x.shape[1]
     if flip and warm is not None:
         warm = orthonormal(x.times(warm.to(device=x.device, dtype=x.dtype)))[0]
@@ -90,17 +89,16 @@ def cheapest(x: Map, rank: int, energy: float | None, warm: bool) -> str:
     m, n = x.shape
     small = min(m, n)
     k = rank if energy is None else min(rank, max(1, small // 8))
-    costs = {"whole": 6.0 * m * n * small + 30.0 * small**3 + 6.0 * m * n * k}
-    columns = 6.0 * k + 100.0 if not warm else 2.0 * k + 30.0
-    if 3 * k + 64 < 0.8 * small and small > 96:
-        round_off = columns * 8.0 * small * (2.2 * k + 64.0) + 4.0 * 30.0 * (3.0 * k + 64.0) ** 3
-        if isinstance(x, (FactorMap, MixMap)):
-            costs["implicit"] = 4.0 * columns * x.work + round_off
-        costs["dense"] = 4.0 * columns * m * n + round_off
     inner = x.inner if isinstance(x, FactorMap) else x.factors.inner if isinstance(x, MixMap) else 0
-    for name in ("dense", "whole"):
-        if name in costs:
-            costs[name] += 2.0 * m * n * inner
+    form = 2.0 * m * n * inner
+    costs = {"whole": form + 6.0 * m * n * (small + k) + 30.0 * small**3}
+    columns = 2.0 * k + 30.0 if warm else 6.0 * k + 100.0
+    if 3 * k + 64 < 0.8 * small and small > 96:
+        own = columns * 8.0 * small * (2.0 * k + 64.0) + 4.0 * 30.0 * (2.0 * k + 64.0) ** 3
+        costs["dense"] = form + 4.0 * columns * m * n + own
+        if inner:
+            norm = min(form, 2.0 * (m + n) * inner**2)  # to know what is lost, without the product
+            costs["implicit"] = norm + 4.0 * columns * x.work + own
     if isinstance(x, FactorMap):
         costs["core"] = (m + n) * inner * (6.0 * inner + 12.0 * k) + 150.0 * inner**3
     return min(costs, key=lambda name: costs[name])
@@ -135,8 +133,9 @@ def _core(x: FactorMap, rank: int, energy: float | None) -> Pairs:
     total = float(squares.sum())
     k = Want(rank, energy, total, rank_cut(x.inner, x.inner)).count(squares)
     # U S = X V = b (ra^T w), and V S = a^T (rb^T p).
-    us = x.b.to(torch.float64) @ (balance[:, None] * (ra.mT @ w[:k].mT))
-    v = x.a.mT.to(torch.float64) @ ((rb.mT @ p[:, :k]) / balance[:, None] / s[:k])
+    b, a = x.wide
+    us = b @ (balance[:, None] * (ra.mT @ w[:k].mT))
+    v = (((rb.mT @ p[:, :k]) / balance[:, None] / s[:k]).mT @ a).mT
     return Pairs(s.cpu(), k, us, v, total, float(squares[k:].sum()), 0.0, 0, "core")
 
 
@@ -186,25 +185,27 @@ def _polished(x: Map, found: Ritz, want: Want, strict: bool, flip: bool, route: 
 
     q, y, squares, z = _again(x, orthonormal(found.basis)[0])
     k = want.count(squares)
-    lost = want.total - float(squares[:k].sum())
+    total = want.total
+    lost = total - float(squares[:k].sum())
     steep = strict and k and float(squares[0]) > STEEP**2 * float(squares[k - 1])
-    if x.dtype == torch.float32 and (steep or lost < CLEAN * want.total):
+    if x.dtype == torch.float32 and (steep or lost < CLEAN * total):
         # One step in float64: float32 products leave 1e-6 of what lies outside, and blur weak directions.
         w = x.adjoint(x.times((q @ z.to(q)).to(torch.float64)))
         w = w / torch.linalg.vector_norm(w, dim=0).clamp_min(1e-300)
         q, y, squares, z = _again(x, orthonormal(orthonormal(w)[0])[0])
         k = want.count(squares)
     v, us = q.to(torch.float64) @ z[:, :k], y.to(torch.float64) @ z[:, :k]
-    if lost < 1e-3 * want.total and k:
+    if lost < 1e-3 * total and k:
+        total = x.norm2
         # Little is lost: that of the float32 basis and exact products, by its definition.
         v = v.to(x.dtype).to(torch.float64)
         us = x.times(v)
         own = us.mT @ us
-        lost = want.total - 2.0 * float(own.diagonal().sum()) + float((own * (v.mT @ v)).sum())
+        lost = total - 2.0 * float(own.diagonal().sum()) + float((own * (v.mT @ v)).sum())
     s = squares[:k].sqrt().to(v.device)
     if flip:
         us, v = v * s, us / s
-    return Pairs(squares.sqrt(), k, us, v, want.total, max(0.0, lost), found.residual, found.rounds, route)
+    return Pairs(squares.sqrt(), k, us, v, total, max(0.0, lost), found.residual, found.rounds, route)
 
 
 def _again(x: Map, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

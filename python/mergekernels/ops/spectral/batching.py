@@ -62,4 +62,4 @@ def _on_gpu(x: Any) -> bool:
         return x.device.type != "cpu"
     if isinstance(x, (list, tuple)):
         return any(_on_gpu(item) for item in x)
-    return any(_on_gpu(getattr(x, name)) for name in ("parts", "b", "a") if hasattr(x, name))
+    return any(_on_gpu(getattr(x, name)) for name in ("parts", "b", "a", "x", "of", "matrix") if hasattr(x, name))

@@ -12,7 +12,7 @@ from ...errors import ArgumentError
 from ._arguments import check_size, per_matrix
 from ._maps import Input, Map, as_map
 from ._pairs import Pairs, leading
-from .batching import in_order
+from .batching import in_threads
 from .small import fix_signs
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def lowrank(
         pairs = leading(task[0], task[1], energy, strict=False, tol=1e-5, route=route)
         return _factors(pairs, task[0].dtype, spread)
 
-    results = in_order(list(zip(maps, sizes, strict=True)), one)
+    results = in_threads(list(zip(maps, sizes, strict=True)), one)
     return results[0] if single else results
 
 

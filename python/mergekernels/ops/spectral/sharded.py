@@ -138,8 +138,8 @@ def cut_like(y: Matrix, x: Matrix) -> Matrix:
     return Sharded([p.to(q.device) for p, q in zip(pieces, x.parts, strict=True)], x.dim)
 
 
-def blocks(x: Matrix, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """The canonical blocks of BLOCK rows, each contiguous in `dtype` on the device of the first part.
+def blocks(x: Matrix, dtype: torch.dtype, height: int = BLOCK) -> Iterator[torch.Tensor]:
+    """The canonical blocks of `height` rows, each contiguous in `dtype` on the device of the first part.
 
     The values, layout and alignment of a block do not depend on how x is cut, so neither does what is computed from
     it. A block is valid until the next one is asked for.
@@ -148,9 +148,9 @@ def blocks(x: Matrix, dtype: torch.dtype) -> Iterator[torch.Tensor]:
 
     rows, cols = x.shape
     device = x.device
-    buffer = torch.empty((min(rows, BLOCK), cols), dtype=dtype, device=device)
-    for start in range(0, rows, BLOCK):
-        stop = min(start + BLOCK, rows)
+    buffer = torch.empty((min(rows, height), cols), dtype=dtype, device=device)
+    for start in range(0, rows, height):
+        stop = min(start + height, rows)
         block = buffer[: stop - start]
         _fill(block, x, start)
         yield block

@@ -11,7 +11,7 @@ from ._arguments import check_size, per_matrix
 from ._blocks import orthonormal
 from ._maps import Input, Map, as_map, transposed
 from ._pairs import leading
-from .batching import in_order
+from .batching import in_threads
 from .sharded import check_matrix, dense
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def subspace(
     def one(task: tuple[Map, int, torch.Tensor | None]) -> Subspace:
         return _subspace(task[0], task[1], energy, side, task[2], accuracy == "subspace", tol, seed)
 
-    results = in_order(tasks, one)
+    results = in_threads(tasks, one)
     return results[0] if single else results
 
 
