@@ -25,7 +25,7 @@ __all__ = ["Ritz", "Want", "krylov"]
 SPARE = 4  # pairs beyond the k-th that a restart keeps at least
 MAX_ROUNDS = 40
 EIGEN = 120.0
-"""Operations of an eigenvalue decomposition of T (30 p^3, as measured), times four: a look costs a quarter of a block."""
+"""Times p^3: an eigenvalue decomposition of T costs 30 p^3, as measured, and may cost a quarter of a block."""
 
 
 @dataclass(frozen=True)
