@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .._native import view_of
@@ -21,7 +21,7 @@ __all__ = ["ProductInputs", "product_inputs"]
 _SIDE = 512
 """Tiles are cut at multiples of this, at which products are formed."""
 
-_TILE_BYTES = 64 << 20
+_TILE_BYTES = 16 << 20
 """The tiles of all models at one place, together."""
 
 
@@ -30,17 +30,32 @@ class ProductInputs(Inputs):
     """One tensor of a merge whose models are products b_t a_t: each piece is a box, its tiles are formed on demand."""
 
     tiles: FactorTiles | None = None
+    memory: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def views(self, shard: int) -> tuple[TensorView | None, list[TensorView]]:
-        """(None, the tile of every model) of a box."""
+        """(None, the tile of every model) of a box; the views of the box before are overwritten."""
         assert self.tiles is not None
         rows, cols = self.box(shard)
-        return None, [view_of(self.tiles.tile(rows, cols, model)) for model in range(self.num_models)]
+        size = (rows[1] - rows[0], cols[1] - cols[0])
+        return None, [view_of(self.tiles.tile(rows, cols, t, self._space(t, size))) for t in range(self.num_models)]
+
+    def _space(self, model: int, size: tuple[int, int]) -> torch.Tensor:
+        """Memory for one tile, the same every time."""
+        import torch
+
+        assert self.tiles is not None
+        count = size[0] * size[1]
+        if model not in self.memory or self.memory[model].numel() < count:
+            self.memory[model] = torch.empty(count, dtype=torch.float32, device=self.tiles.device)
+        return self.memory[model][:count].view(size)
 
     @property
     def all_views(self) -> list[TensorView]:
-        """Views of the first box, for a backend to say whether it can serve them."""
-        return self.views(0)[1]
+        """A view like those of a box, for a backend to say whether it can serve them."""
+        import torch
+
+        assert self.tiles is not None
+        return [view_of(torch.empty((1, 1), dtype=torch.float32, device=self.tiles.device))]
 
     def box(self, shard: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """(rows, columns) of a piece."""
@@ -57,7 +72,7 @@ class ProductInputs(Inputs):
 def product_inputs(factors: Sequence[Factors], name: str, labels: Sequence[str] = ()) -> ProductInputs:
     """The products of `factors` (1 to 64, of one shape and device) as the models of a tensor called `name`.
 
-    Every pass forms the tiles anew, with the same bits; at any time the tiles of one box are in memory, at most 64 MiB
+    Every pass forms the tiles anew, with the same bits; at any time the tiles of one box are in memory, at most 16 MiB
     (or 512 x 512 elements of every model).
     """
     from .spectral.tiles import FactorTiles

@@ -33,14 +33,29 @@ class FactorTiles:
         for f in factors:
             ends.append(ends[-1] + f.rank)
         self._each = [Factors(self._sum.b[:, i:j].contiguous(), self._sum.a[i:j]) for i, j in pairwise(ends)]
+        self._strips: dict[int | None, list[torch.Tensor]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors and the tiles are."""
+        return self._sum.b.device
 
     def __len__(self) -> int:
         return len(self._each)
 
     def tile(
-        self, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None, model: int | None = None
+        self,
+        rows: tuple[int, int] | None = None,
+        cols: tuple[int, int] | None = None,
+        model: int | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The box rows[0]:rows[1], cols[0]:cols[1] of the sum, or of product number `model`; float32."""
+        """The box rows[0]:rows[1], cols[0]:cols[1] of the sum, or of product number `model`; float32.
+
+        out : where to write it, a tensor of the box's shape; fresh memory costs more than the product.
+        """
+        import torch
+
         f = self._sum if model is None else self._each[model]
         (r0, r1), (c0, c1) = rows or (0, self.shape[0]), cols or (0, self.shape[1])
         if not (0 <= r0 <= r1 <= self.shape[0] and 0 <= c0 <= c1 <= self.shape[1]):
@@ -48,11 +63,24 @@ class FactorTiles:
                 "box outside the matrix", code="argument.box", expected=f"within {self.shape}",
                 got=f"rows {r0}:{r1}, columns {c0}:{c1}",
             )  # fmt: skip
-        out = f.b.new_empty((r1 - r0, c1 - c0))
+        if out is None:
+            out = f.b.new_empty((r1 - r0, c1 - c0))
+        strips = self._columns(model)
         for i in range(r0 // BLOCK * BLOCK, r1, BLOCK):
             for j in range(c0 // BLOCK * BLOCK, c1, BLOCK):
-                block = f.b[i : i + BLOCK] @ f.a[:, j : j + BLOCK].contiguous()
-                top, left = max(i, r0), max(j, c0)
-                bottom, right = min(i + BLOCK, r1), min(j + BLOCK, c1)
-                out[top - r0 : bottom - r0, left - c0 : right - c0] = block[top - i : bottom - i, left - j : right - j]
+                left, right = f.b[i : i + BLOCK], strips[j // BLOCK]
+                bottom, end = i + left.shape[0], j + right.shape[1]
+                if r0 <= i and bottom <= r1 and c0 <= j and end <= c1:
+                    torch.mm(left, right, out=out[i - r0 : bottom - r0, j - c0 : end - c0])
+                    continue
+                block = left @ right
+                y0, y1, x0, x1 = max(i, r0), min(bottom, r1), max(j, c0), min(end, c1)
+                out[y0 - r0 : y1 - r0, x0 - c0 : x1 - c0] = block[y0 - i : y1 - i, x0 - j : x1 - j]
         return out
+
+    def _columns(self, model: int | None) -> list[torch.Tensor]:
+        """The a of the sum or of a product in strips of BLOCK columns."""
+        if model not in self._strips:
+            a = (self._sum if model is None else self._each[model]).a
+            self._strips[model] = [a[:, j : j + BLOCK].contiguous() for j in range(0, a.shape[1], BLOCK)]
+        return self._strips[model]
