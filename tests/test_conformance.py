@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mergekernels._methods.spectral.tied import tie
 from mergekernels.conformance import judge, open_kit, outputs_of
 from mergekernels.conformance.__main__ import main
 
@@ -26,9 +27,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("case", KIT.cases, ids=lambda c: c.id)
-def test_agreement(case, backend: str) -> None:
+RUNS = [
+    pytest.param(case, backend, id=f"{case.id}-{backend or 'torch'}")
+    for case in KIT.cases
+    for backend in (("cpu", "reference") if case.norm == "largest" else (None,))
+]
+
+
+@pytest.mark.parametrize(("case", "backend"), RUNS)
+def test_agreement(case, backend: str | None) -> None:
     verdict = judge(case, outputs_of(KIT, case, backend), KIT.expected(case)[0])
     assert verdict.agrees, verdict.problem
 
@@ -41,6 +48,57 @@ def test_every_tool_is_there() -> None:
         "formula": "1",
     }
     assert len({c.method for c in KIT.cases if c.tool == "mergekit"}) == 20
+
+
+def test_methods_over_matrices_are_there() -> None:
+    found = {(c.tool, c.method) for c in KIT.cases if c.norm == "frobenius"}
+    assert {m for t, m in found if t == "fusionbench"} == {"tsv_m", "iso_c", "iso_cts", "opcm", "knots"}
+    assert {m for t, m in found if t == "peft"} == {
+        "cat",
+        "linear",
+        "svd",
+        "magnitude_prune",
+        "ties",
+        "magnitude_prune_svd",
+        "ties_svd",
+    }
+    assert {m for t, m in found if t == "formula"} == {
+        "robust_merge",
+        "lori",
+        "from_norm",
+        "core_space",
+        "knots",
+        "lore",
+    }
+    assert all(c.bound <= 1e-5 for c in KIT.cases if c.norm == "frobenius")
+
+
+def test_singular_values_of_knots() -> None:
+    """FusionBench's singular values of the stacks, in float32 beside ours in float64."""
+    case = next(c for c in KIT.cases if c.id == "fusionbench-knots")
+    stored = load_file(KIT.folder / "outputs" / f"{case.id}.safetensors")
+    values = {k.removeprefix("singular_values/"): v for k, v in stored.items() if k.startswith("singular_values/")}
+    assert len(values) == 3
+    for name, want in values.items():
+        tied = tie([KIT.inputs[m][name] - KIT.inputs["mbase"][name] for m in case.models], 1e-4, True)
+        assert tied.s.shape == want.shape
+        assert float((tied.s - want).abs().max()) <= 2e-7 * float(want[0])
+
+
+def test_a_wrong_matrix_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bounds are norms there: many small differences count as well as a large one."""
+    (tmp_path / "outputs").mkdir()
+    name = "formula-adapters-knots-ties.safetensors"
+    for file in (KIT.folder / "outputs").glob("*knots*"):
+        shutil.copy(file, tmp_path / "outputs")
+    assert main(["--outputs", str(tmp_path), "--method", "knots"]) == 0
+    tensors = load_file(tmp_path / "outputs" / name)
+    tensors["embed"] *= 1 + 3e-5
+    save_file(tensors, tmp_path / "outputs" / name)
+    capsys.readouterr()
+    assert main(["--outputs", str(tmp_path), "--method", "knots"]) == 1
+    said = capsys.readouterr().out
+    assert "FAIL formula-adapters-knots-ties" in said and "tensor 'embed': norm of the difference 3e-05" in said
 
 
 def test_a_wrong_output_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,14 @@ Case = dict[str, Any]
 
 
 def make_inputs(folder: Path) -> None:
+    """The element-wise family and the inputs of methods over matrices."""
+    from matrix_inputs import make_matrix_inputs
+
+    make_family(folder)
+    make_matrix_inputs(folder)
+
+
+def make_family(folder: Path) -> None:
     """The family: a base, normal with 0.02, and three fine-tunes of it; no two magnitudes of a model are equal, one
     model leaves one tensor as it is."""
     draw = torch.Generator().manual_seed(20260101)
@@ -83,6 +92,9 @@ def write(folder: Path, tool: str, version: str, cases: Iterator[tuple[Case, dic
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "outputs" / f"{case['id']}.safetensors")
         kit["cases"].append(case)
     kit["cases"].sort(key=lambda c: c["id"])
+    from matrix_inputs import ADAPTERS
+
+    kit["adapters"] = ADAPTERS
     file.write_text(json.dumps(kit, indent=1) + "\n")
 
 
@@ -90,7 +102,8 @@ def case(
     id_: str, method: str, models: str = "abc", base: bool = True, *, bound: float = 2**-21, **fields: Any
 ) -> Case:
     """One entry. models: one letter each. params: names of recipes; per-model values as lists. bound: largest allowed
-    difference, relative to the largest magnitude of the expected tensor."""
+    difference, relative to the largest magnitude of the expected tensor, or with norm "frobenius" the norm of the
+    difference relative to the norm of the expected tensor. takes: "adapters" for methods of adapters."""
     fields.setdefault("dialect", "default")
     fields.setdefault("params", {})
     return {
@@ -251,19 +264,25 @@ def main(tool: str, folder: Path) -> None:
         return
     runs: dict[str, Callable[[Path], Iterator[tuple[Case, dict[str, torch.Tensor]]]]] = {
         "mergekit": mergekit,
-        "peft": peft,
     }
     from importlib.metadata import version
 
     if tool == "formula":
         from formulas import formula
+        from formulas_matrices import formula_matrices
 
-        write(folder, tool, "1", formula(folder))
+        write(folder, tool, "1", chain(formula(folder), formula_matrices(folder)))
+        return
+    if tool == "peft":
+        from peft_matrices import peft_matrices
+
+        write(folder, tool, version(tool), chain(peft(folder), peft_matrices(folder)))
         return
     if tool == "fusionbench":
         from fusionbench_cases import fusionbench
+        from fusionbench_matrices import fusionbench_matrices
 
-        write(folder, tool, version("fusion-bench"), fusionbench(folder))
+        write(folder, tool, version("fusion-bench"), chain(fusionbench(folder), fusionbench_matrices(folder)))
         return
     write(folder, tool, version(tool), runs[tool](folder))
 

@@ -19,7 +19,8 @@ class Verdict:
     """What came out for a case.
 
     agrees : every tensor is there and within the bound. error : largest difference, relative to the largest magnitude
-    of its expected tensor. differing : share of elements whose bits differ. problem : a sentence if it does not agree.
+    of its expected tensor (norm of the difference to its norm, where the case says so). differing : share of elements
+    whose bits differ. problem : a sentence if it does not agree.
     """
 
     case: Case
@@ -43,15 +44,16 @@ def judge(case: Case, got: Mapping[str, torch.Tensor], expected: Mapping[str, to
                 case, False, float("inf"), 1.0, f"tensor '{name}': expected shape {expected_shape}; got {shape}"
             )
         difference = (have.double() - want.double()).abs()
-        size = float(want.double().abs().max())
-        error = float(difference.max()) / size if size else float(difference.max())
+        whole = case.norm == "frobenius"
+        size = float(want.double().norm() if whole else want.double().abs().max())
+        error = float(difference.norm() if whole else difference.max()) / (size or 1.0)
         differing += int((have.double() != want.double()).sum())
         elements += want.numel()
         if not error <= case.bound and not problem:
             at = int(difference.flatten().nan_to_num(float("inf")).argmax())
-            problem = (
-                f"tensor '{name}': largest difference {error:.3g} of the largest magnitude, at flat index {at}; "
-                f"expected at most {case.bound:.3g}"
-            )
+            what = f"largest difference {error:.3g} of the largest magnitude, at flat index {at}"
+            if whole:
+                what = f"norm of the difference {error:.3g} of the norm"
+            problem = f"tensor '{name}': {what}; expected at most {case.bound:.3g}"
         worst = max(worst, error) if error == error else float("nan")
     return Verdict(case, not problem, worst, differing / max(1, elements), problem)

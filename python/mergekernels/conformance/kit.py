@@ -1,8 +1,9 @@
 """The files of a kit.
 
-`kit.json` lists the cases; `inputs/family.safetensors` holds every model's tensors as "model/tensor";
-`outputs/CASE.safetensors` holds what the tool of a case gave: "tensor" for each tensor of the result, and
-"mask_MODEL/tensor" for random masks that it drew.
+`kit.json` lists the cases, and the configs of the adapters; `inputs/*.safetensors` hold every model's and adapter's
+tensors as "model/tensor"; `outputs/CASE.safetensors` holds what the tool of a case gave: "tensor" for each tensor of
+the result ("module" for the delta of each module of a merged adapter), and "mask_MODEL/tensor" for random masks that it
+drew.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import InputError
 
@@ -26,8 +27,10 @@ class Case:
 
     id : of the case, and the name of its file. tool, version : what made the output. method, dialect, params : the
     merge in the terms of this package, parameters by their recipe names, per-model ones as lists. models, base : whose
-    tensors are merged. bound : largest allowed difference, relative to the largest magnitude of the expected tensor.
-    dtype : of the inputs of the case. without : tensors that the tool refuses.
+    tensors are merged. bound : largest allowed difference, relative to the largest magnitude of the expected tensor;
+    with norm "frobenius" the Frobenius norm of the difference, relative to the norm of the expected tensor.
+    dtype : of the inputs of the case. without : tensors that the tool refuses. takes : "adapters" where adapters are
+    merged. rank : to which the result is cut, None for as it comes.
     """
 
     id: str
@@ -41,15 +44,22 @@ class Case:
     params: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     without: tuple[str, ...] = ()
+    takes: Literal["models", "adapters"] = "models"
+    norm: Literal["largest", "frobenius"] = "largest"
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
 class Kit:
-    """A folder with cases. `inputs`: model -> tensor name -> values, float32."""
+    """A folder with cases.
+
+    inputs : model or adapter -> tensor name -> values, float32. adapters : adapter -> its config.
+    """
 
     folder: Path
     cases: tuple[Case, ...]
     inputs: dict[str, dict[str, torch.Tensor]]
+    adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def expected(self, case: Case) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
         """(tensor -> values, model -> tensor -> mask that the tool drew)."""
@@ -57,7 +67,8 @@ class Kit:
 
 
 def read_output(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
-    """The tensors of an output file, and the masks beside them. Entries for single experts are left out.
+    """The tensors of an output file, and the masks beside them. Entries for single experts and other numbers of a tool
+    ("kind/tensor") are left out.
 
     Raises
     ------
@@ -94,9 +105,10 @@ def open_kit(folder: str | Path | None = None) -> Kit:
             "the kit is laid out in another way", code="conformance.kit", expected="layout 1", got=str(layout)
         )
     inputs: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in _load(place / "inputs" / "family.safetensors", "conformance.kit").items():
-        model, _, name = key.partition("/")
-        inputs.setdefault(model, {})[name] = value
+    for file in sorted((place / "inputs").glob("*.safetensors")):
+        for key, value in _load(file, "conformance.kit").items():
+            model, _, name = key.partition("/")
+            inputs.setdefault(model, {})[name] = value
     cases = []
     for number, entry in enumerate(raw.get("cases", ())):
         try:
@@ -115,7 +127,7 @@ def open_kit(folder: str | Path | None = None) -> Kit:
                     got=repr(model),
                 )
         cases.append(case)
-    return Kit(place, tuple(cases), inputs)
+    return Kit(place, tuple(cases), inputs, dict(raw.get("adapters", {})))
 
 
 def _load(file: Path, code: str) -> dict[str, torch.Tensor]:

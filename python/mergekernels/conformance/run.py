@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .._backends.dispatch import Backend, pick
-from .._methods import get
-from .._methods.protocol import Round
+from .._methods import get, names
+from .._methods.matrix_table import get_matrix
+from .._methods.protocol import MethodInfo, Round
 from .._rounds import run_reduce
 from ..merging import Call
 from ..ops.inputs import Inputs
@@ -24,7 +25,7 @@ __all__ = ["outputs_of"]
 
 
 def outputs_of(kit: Kit, case: Case, backend: str | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of a case, in the dtype of its inputs.
+    """The tensors of a case, in the dtype of its inputs; of merged adapters the deltas.
 
     Where the tool drew random masks, these are used instead of our own: a model's entries that its mask drops are set
     to the base's, and everything else runs as ever.
@@ -34,17 +35,20 @@ def outputs_of(kit: Kit, case: Case, backend: str | None = None) -> dict[str, to
     MergeError : the method refuses the case, or the backend cannot run it.
     """
     expected, masks = kit.expected(case)
+    if case.takes == "adapters":
+        return _adapters(kit, case)
+    if case.method not in names():
+        backend = None  # methods over matrices run on torch
     base = None if case.base is None else _only(kit.inputs[case.base], expected, case.dtype)
     models = [_only(kit.inputs[m], expected, case.dtype) for m in case.models]
-    method = get(case.method)
-    keywords = {p.name: p.keyword for p in method.info.params}
-    arguments = {keywords.get(name, name): value for name, value in case.params.items()}
+    method = get(case.method) if case.method in names() else get_matrix(case.method, "models")
+    arguments = _arguments(method.info, case)
     if method.info.companions:
         weights = [_only(kit.inputs[f"importance_{m}"], expected, case.dtype) for m in case.models]
         arguments[method.info.companions] = weights
     if not masks:
         return merge_state_dicts(models, case.method, base=base, dialect=case.dialect, backend=backend, **arguments)
-    assert base is not None
+    assert base is not None and case.method in names()
     call = Call.of(case.method, arguments, None, case.dialect, "error", 0, backend, None, 0)
     result = {}
     for name in expected:
@@ -55,6 +59,21 @@ def outputs_of(kit: Kit, case: Case, backend: str | None = None) -> dict[str, to
         ]
         result[name] = _with_masks(call, whole, call.inputs(kept, base[name], (), name))
     return result
+
+
+def _arguments(info: MethodInfo, case: Case) -> dict[str, Any]:
+    keywords = {p.name: p.keyword for p in info.params}
+    return {keywords.get(name, name): value for name, value in case.params.items()}
+
+
+def _adapters(kit: Kit, case: Case) -> dict[str, torch.Tensor]:
+    """The deltas of the merged adapter by module, in the shape of the weights."""
+    from ..adapters.merge import merge_adapters
+
+    arguments = _arguments(get_matrix(case.method, "adapters").info, case)
+    given = [(kit.inputs[m], kit.adapters[m]) for m in case.models]
+    merged = merge_adapters(given, case.method, rank=case.rank, dialect=case.dialect, **arguments)
+    return {module: merged.delta(module) for module in merged.modules}
 
 
 def _only(tensors: Mapping[str, torch.Tensor], names: Mapping[str, Any], dtype: str) -> dict[str, torch.Tensor]:
