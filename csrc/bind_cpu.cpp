@@ -23,9 +23,10 @@ void bind_ops(py::module_& m) {
          const std::vector<std::optional<ViewTuple>>& models, int compute, std::uint64_t seed, std::uint32_t tensor,
          std::int64_t offset, int threads, const std::string& isa, int key,
          const std::optional<std::tuple<std::int64_t, py::buffer>>& rows,
-         const std::vector<std::tuple<double, double, double, double, double>>& balance) {
+         const std::vector<std::tuple<double, double, double, double, double>>& balance,
+         const std::vector<std::uint64_t>& draws) {
         const mk::Kernels& kernels = mk::kernels_of(isa);
-        if (key < mk::kSweepDelta || key > mk::kSweepBalance) throw py::value_error("a key of a sweep is 0 to 3");
+        if (key < mk::kSweepDelta || key > mk::kSweepDrawn) throw py::value_error("a key of a sweep is 0 to 4");
         mk::SweepKeys keys;
         keys.key = key;
         py::buffer_info held;
@@ -35,6 +36,7 @@ void bind_ops(py::module_& m) {
           keys.rows = mk::Table{mk::kTableRows, 0, std::get<0>(*rows), count, values};
         }
         for (const auto& [lo, hi, spread, cut, top] : balance) keys.balance.push_back({lo, hi, spread, cut, top});
+        keys.draws = draws;
         const mk::View base_view = base ? to_view(*base) : mk::View{};
         std::vector<mk::View> views(models.size());
         std::vector<const mk::View*> pointers(models.size(), nullptr);
@@ -49,7 +51,7 @@ void bind_ops(py::module_& m) {
       },
       py::arg("stats"), py::arg("piece"), py::arg("base"), py::arg("models"), py::arg("compute"), py::arg("seed"),
       py::arg("tensor"), py::arg("offset"), py::arg("threads"), py::arg("isa"), py::arg("key") = 0,
-      py::arg("rows") = py::none(), py::arg("balance") = py::list());
+      py::arg("rows") = py::none(), py::arg("balance") = py::list(), py::arg("draws") = py::list());
   m.def(
       "philox",
       [](std::uint64_t seed, std::uint32_t tensor, std::uint32_t stream, std::int64_t first, std::int64_t count) {

@@ -192,8 +192,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
          std::int64_t offset, std::int64_t capacity, int key, Address numbers, std::int64_t row_length,
          Address counters, Address ordinals, Address indices, Address bins, int device, Address queue) {
         check_code(dtype, "dtype");
-        if (key < mk::kKeyDelta || key > mk::kKeyBalance || row_length < 1 ||
-            (key >= mk::kKeyImportance && numbers == 0))
+        if (key < mk::kKeyDelta || key > mk::kKeyDrawn || row_length < 1 || (key >= mk::kKeyImportance && numbers == 0))
           throw py::value_error("a key is out of its range");
         mk::SweepArgs a{};
         a.key = key;

@@ -75,7 +75,7 @@ KeepRule to_rule(const py::handle& object) {
   KeepRule rule{};
   if (object.is_none()) return rule;
   const auto t = object.cast<py::tuple>();
-  static constexpr std::size_t sizes[] = {0, 2, 3, 2, 1, 5, 3};
+  static constexpr std::size_t sizes[] = {0, 2, 3, 3, 1, 5, 3};
   require(t.size() > 0, "a rule is None or a tuple that begins with its kind");
   rule.kind = t[0].cast<int>();
   require(rule.kind >= kRulePoint && rule.kind <= kRuleRankBand && t.size() == sizes[rule.kind],
@@ -92,6 +92,7 @@ KeepRule to_rule(const py::handle& object) {
     case kRuleDraw:
       rule.low = t[1].cast<std::uint64_t>();
       require(rule.low <= certain, "the threshold of a draw is above 2^32");
+      rule.point = to_optional_point(t[2]);
       break;
     case kRuleRankDraw:
       rule.low = t[1].cast<std::uint64_t>();

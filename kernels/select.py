@@ -12,6 +12,7 @@ import triton.language as tl
 from ._common import (
     BASE,
     CAPACITY,
+    DRAW_PURPOSE,
     F64,
     HEADER,
     OFFSET,
@@ -42,6 +43,7 @@ __all__ = ["select_kernel"]
 _VARIANCE = tl.constexpr(1)
 _IMPORTANCE = tl.constexpr(2)
 _BALANCE = tl.constexpr(3)
+_DRAWN = tl.constexpr(4)
 
 # A row of the table: stage, interval, key of the ties, shift of the bins, model.
 _STAGE = tl.constexpr(1)
@@ -87,7 +89,8 @@ def select_kernel(
     counters : int64 [4 * NUM_SEARCHES + 2]: before; inside; counts, then first indices of non-finite values, base last.
     ordinals, indices : int64 [NUM_SEARCHES, capacity]; entries beyond the capacity (in the table) are counted only.
     bins : int64 [NUM_SEARCHES, 4096], filled instead of the rest if BINS.
-    numbers : KEY 3: compute dtype [NUM_MODELS, 5]. KEY : 0 delta, 1 variance, 2 importance, 3 balance.
+    numbers : KEY 3: compute dtype [NUM_MODELS, 5]; KEY 4: int64 [NUM_MODELS]. KEY : 0 delta, 1 variance, 2 importance,
+        3 balance, 4 drawn.
     TIES : some search counts ties. HASH : ties are ordered by Philox word, else by scope index.
     """
     e = element_offsets(table, BLOCK)
@@ -131,6 +134,11 @@ def select_kernel(
                     d = tl.abs(d) * row_factors(
                         tl.load(table + ROW_FACTORS), g, tl.load(table + ROW_LENGTH), mask, COMPUTE
                     )
+                if KEY == _DRAWN:
+                    model = tl.load(row + _MODEL)
+                    stream = model * 16 + DRAW_PURPOSE
+                    word = words(tl.load(table + SEED), tl.load(table + TENSOR), stream, g, quads, QUADS)
+                    d = tl.where(word.to(tl.int64) < tl.load(numbers + model), d, tl.zeros(d.shape, d.dtype))
                 key = key_of(d)
                 bad = is_nonfinite(x) & mask
             if TIES:

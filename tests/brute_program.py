@@ -109,7 +109,8 @@ class Brute:
             wide = rule.wide is None or self.passes(rule.wide, k, t, g)
             return wide and not self.passes(rule.top, k, t, g), None
         if isinstance(rule, Draw):
-            return self.word(0, t, g) < rule.threshold, None
+            passed = rule.point is None or self.passes(rule.point, k, t, g)
+            return passed and self.word(0, t, g) < rule.threshold, None
         if isinstance(rule, Marked):
             bits = self.bits[t]
             assert bits is not None

@@ -94,7 +94,9 @@ def a_rule(s: Setting, t: int, *, rows: bool, marks: bool) -> KeepRule | None:
     if kind == "band":
         return Band(rng.choice((None, point(s, s.deltas[t]))), point(s, s.deltas[t]))
     if kind == "draw":
-        return Draw(rng.choice((0, 1 << 32, 1 << 31, rng.randrange(1 << 32))))
+        return Draw(
+            rng.choice((0, 1 << 32, 1 << 31, rng.randrange(1 << 32))), rng.choice((None, point(s, s.deltas[t])))
+        )
     if kind == "rank":
         low = rng.choice((0, 1 << 32, rng.randrange(1 << 32)))
         span = rng.choice((0, (1 << 32) - low, rng.randrange((1 << 32) - low + 1)))
@@ -171,15 +173,16 @@ _VOTED = ("none", "value", "agreeing_weights", "agreeing_count", "kept_count")
 def _alone(name: str, s: Setting) -> dict[str, Any]:
     """The fields of a program in which one feature takes part."""
     rng, everyone = s.rng, range(s.num_models)
-    if name in ("band", "draw", "rank", "place", "rank_divide"):
+    if name in ("band", "draw", "draw_point", "rank", "place", "rank_divide"):
         rules: dict[str, Callable[[int], KeepRule]] = {
             "band": lambda t: Band(None if t == 0 else point(s, s.deltas[t]), point(s, s.deltas[t])),
             "draw": lambda t: Draw((0, 1 << 31, 1 << 32)[(t + s.n) % 3]),
+            "draw_point": lambda t: Draw((1 << 31, 3 << 30, 1 << 32)[(t + s.n) % 3], point(s, s.deltas[t])),
             "rank": lambda t: RankDraw((1 << 30) * (t % 3), 1 << 31, 1 << 31),
             "rank_divide": lambda t: RankDraw((1 << 30) + t * 12345, (1 << 31) + 98765 * t, 3 << 30, True),
             "place": lambda t: RankBand(t % 2, 2 + t),
         }
-        rows = {"rows": rows_of(s)} if name not in ("band", "draw") else {}
+        rows = {"rows": rows_of(s)} if name not in ("band", "draw", "draw_point") else {}
         return {"keep": tuple(rules[name](t) for t in everyone), **rows}
     if name == "marked":
         return {"keep": tuple(Marked() if t % 2 == 0 else point(s, s.deltas[t]) for t in everyone)}
@@ -220,7 +223,8 @@ def _alone(name: str, s: Setting) -> dict[str, Any]:
 
 
 ALONE = (
-    *("band", "draw", "rank", "rank_divide", "place", "marked", "joint", "importance_key", "factors", "alone"),
+    *("band", "draw", "draw_point", "rank", "rank_divide", "place", "marked", "joint", "importance_key"),
+    *("factors", "alone"),
     *("vote_weighted", "vote_plain", "vote_count", "max", "largest", "balance", "importance", "kept_count", "floor"),
     *("limit", "useful", "table_rows", "table_columns", "table_groups", "subtract", "anchor"),
 )

@@ -33,7 +33,7 @@ from mergekernels._native import view_of
 from mergekernels.ops.keep import MAX_KEY
 from mergekernels.ops.program import Balance, Table
 from mergekernels.ops.selection import Selection
-from mergekernels.ops.sweeps import Interval, Sweep
+from mergekernels.ops.sweeps import Interval, Key, Sweep
 from mergekernels.tensors import F16, DType, Piece, compute_dtype
 
 
@@ -65,8 +65,7 @@ class SweepCase:
 def sweep_cases(largest: int = 70000) -> tuple[SweepCase, ...]:
     """Every key, both stages and orders, several searches per model, few and many entries."""
     found, mixes, sizes = [], list(MIXES), sizes_up_to(largest)
-    keys_: tuple[Literal["delta", "variance", "importance", "balance"], ...]
-    keys_ = ("delta", "variance", "importance", "balance")
+    keys_: tuple[Key, ...] = ("delta", "variance", "importance", "balance", "drawn")
     for k, key in enumerate(keys_):
         for i in range(14):
             rng = random.Random(f"{key} {i}")
@@ -84,7 +83,10 @@ def sweep_cases(largest: int = 70000) -> tuple[SweepCase, ...]:
             ]
             if i % 4 == 0:
                 intervals.insert(0, None)
-            request = Sweep(tuple(intervals), order, s.base is not None, rng.getrandbits(64), key, rows, rules)
+            draws = tuple(rng.choice((0, 1 << 31, 3 << 30, 1 << 32)) for _ in range(s.num_models))
+            draws = draws if key == "drawn" else ()
+            seed = rng.getrandbits(64)
+            request = Sweep(tuple(intervals), order, s.base is not None, seed, key, rows, rules, draws)
             capacity = rng.choice((3, piece.numel + 1))
             casts: tuple[DType | None, ...] = (F16,) * (s.num_models + 1) if i == 7 else ()
             name = f"{key}-{mix}-{kind}-{piece.numel}-{i}"

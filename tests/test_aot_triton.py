@@ -80,6 +80,7 @@ PROGRAMS: dict[str, dict[str, int]] = {
     "task_arithmetic": {**DELTA, "SCALE": 1},
     "passthrough": {"COPY": 1, "SCALE": 1},
     "dare_ties": {**TIES, "POINTS": 0, "TIES": 0, "DRAWS": 1, "FACTORS": 1},
+    "dare_ties_paper": {**TIES, "TIES": 0, "DRAWS": 1, "FACTORS": 1},
     "della": {**TIES, "POINTS": 0, "TIES": 0, "MASKS": 1, "DIVIDES": 1},
     "breadcrumbs": {**DELTA, "POINTS": 1, "BANDS": 1, "TIES": 2, "DIVISOR": 4, "SCALE": 1},
     "marked": {**DELTA, "BITS": 1, "VOTE": 3, "DIVISOR": 3},
@@ -140,7 +141,7 @@ def select_kernel(dtype: DType, target: GPUTarget, **changes: Any) -> Any:
         "BINS": False,
     }
     pointers = dict.fromkeys(("table", "counters", "ordinals_ptr", "indices_ptr", "bins_ptr"), "*i64")
-    pointers["numbers"] = POINTER[compute_of(dtype)]
+    pointers["numbers"] = "*i64" if changes.get("KEY") == 4 else POINTER[compute_of(dtype)]
     return compiled(select.select_kernel, pointers, constants | changes, target)
 
 
@@ -307,6 +308,7 @@ def test_every_variant_compiles(dtype: DType, tmp_path: Path) -> None:
         {"KEY": 2},
         {"KEY": 3, "BLOCK": block_size(dtype.itemsize, False, heavy=True)},
         {"KEY": 3, "BLOCK": block_size(dtype.itemsize, False, heavy=True), "TIES": True, "MASKED": True},
+        {"KEY": 4},
     ):
         check(select_kernel(dtype, goal, **change), tmp_path, wide=0)
     for kind in (0, 1, 2):

@@ -170,11 +170,28 @@ def test_dare_inverse_probability(method: str, dialect: str) -> None:
         want = combine(kept, weights, vote="weighted", zero=brute.majority(kept), divide="count")
     else:
         want = combine(kept, weights, vote="plain", divide="count")
-    same(merged(flat, method, weights=weights, density=0.4, dialect=dialect), flat[0], want)
+    free = {"trim": 1.0} if (method, dialect) == ("dare_ties", "paper") else {}
+    same(merged(flat, method, weights=weights, density=0.4, dialect=dialect, **free), flat[0], want)
     plain = [np.where(draws(d.size, t, 0.4), d, f(0)) for t, d in enumerate(deltas(flat))]
     if method == "dare_linear":
         got = merged(flat, method, weights=weights, density=0.4, dialect=dialect, rescale=False)
         same(got, flat[0], combine(plain, weights, vote="none"))
+
+
+@pytest.mark.parametrize(("trim", "share"), [(None, 0.2), (0.05, 0.05), (0.6, 0.6), (0.0, 0.0)])
+@pytest.mark.parametrize("rescale", [True, False])
+def test_dare_ties_paper_trims_what_was_drawn(trim: float | None, share: float, rescale: bool) -> None:
+    """All drawn |d| from the floor(trim n)+1-th largest of the masked task vector on; its zeros count as entries."""
+    flat, density = family(), [0.4, 1.0, 0.9]
+    kept = []
+    for t, d in enumerate(deltas(flat)):
+        drawn = np.where(draws(d.size, t, density[t]), d, f(0)) if density[t] < 1 else d
+        cut = np.sort(np.abs(drawn))[::-1][int(share * d.size)]
+        factor = f(1 / density[t]) if rescale and density[t] < 1 else f(1)
+        kept.append(np.where((np.abs(drawn) >= cut) & (share > 0), drawn, f(0)) * factor)
+    want = combine(kept, [1.0] * 3, vote="weighted", zero=brute.majority(kept), divide="count")
+    got = merged(flat, "dare_ties", density=density, dialect="paper", trim=trim, rescale=rescale)
+    same(got, flat[0], want)
 
 
 def della(flat: Sequence[np.ndarray], shape: tuple[int, ...], dim: int, rho: float, e: float, paper: bool) -> list:
@@ -407,6 +424,7 @@ REFUSALS = [
     ("breadcrumbs", {"remove_first": False}, "remove_first: false is the paper's; expected dialect paper"),
     ("breadcrumbs_ties", {"dialect": "paper"}, "breadcrumbs_ties has no dialect 'paper'"),
     ("dare_ties", {"dialect": "paper", "weights": [1, 2]}, "the paper's dialect has no weights"),
+    ("dare_ties", {"trim": 0.2}, "trim is the paper's; expected dialect paper; got dialect default"),
     ("dare_ties", {"majority_sign_method": "frequency"}, "is a vote of PEFT; expected dialect peft"),
     ("dare_linear", {"weights": 1e39}, "weight is beyond the range of float32"),
     ("dare_linear", {"weights": [1, 2, 3]}, "wrong number of values; expected one value, or 2"),

@@ -88,7 +88,7 @@ constexpr std::int64_t stream_scratch_bytes(const Program& program, int num_slot
 
 enum Stage : int { kStageOut = 0, kStageKey = 1, kStageTie = 2 };
 
-enum SweepKey : int { kSweepDelta = 0, kSweepVariance = 1, kSweepImportance = 2, kSweepBalance = 3 };
+enum SweepKey : int { kSweepDelta = 0, kSweepVariance = 1, kSweepImportance = 2, kSweepBalance = 3, kSweepDrawn = 4 };
 
 // A selection cuts each model twice at most.
 constexpr int kMaxSearches = 2 * kMaxModels;
@@ -116,8 +116,11 @@ struct SweepArgs {
   Source models[kMaxModels];
   SweepSearch searches[kMaxSearches];
   int key;
-  Table rows;                 // for kSweepImportance
-  const Competitor* balance;  // for kSweepBalance, one per model
+  Table rows;                  // for kSweepImportance
+  const Competitor* balance;   // for kSweepBalance, one per model
+  const std::uint64_t* draws;  // for kSweepDrawn, a threshold per model
+  std::uint64_t seed;          // of the draws
+  std::uint32_t tensor;
   int compute;
   std::int64_t before[kMaxSearches];
   NonFinite nonfinite[kMaxSearches + 1];  // first: flat index

@@ -48,8 +48,9 @@ void mark(const PassInputs& inputs, int kind, const std::vector<std::uint8_t*>& 
 // What a sweep ranks; see Sweep in ops/sweeps.py.
 struct SweepKeys {
   int key = kSweepDelta;
-  Table rows{};                     // kSweepImportance
-  std::vector<Competitor> balance;  // kSweepBalance, one per model
+  Table rows{};                      // kSweepImportance
+  std::vector<Competitor> balance;   // kSweepBalance, one per model
+  std::vector<std::uint64_t> draws;  // kSweepDrawn, a threshold per model
 };
 
 inline bool joint(const SweepKeys& keys) { return keys.key == kSweepVariance || keys.key == kSweepBalance; }

@@ -105,6 +105,9 @@ void sweep_range(const Call& call, std::int64_t begin, std::int64_t end) {
   args.key = call.keys.key;
   args.rows = call.keys.rows;
   args.balance = call.keys.balance.data();
+  args.draws = call.keys.draws.data();
+  args.seed = call.seed;
+  args.tensor = call.tensor;
   args.capacity = kLocalEntries;
   args.flush = &flush;
   Worker worker{&call, std::vector<Entry>(kRoom), std::vector<std::int64_t>(kRoom), std::vector<std::uint32_t>(kRoom)};
@@ -188,6 +191,8 @@ void sweep(SweepStats* stats, const Piece& piece, const View* base, const std::v
   }
   if (keys.key == kSweepBalance && keys.balance.size() != models.size())
     throw std::invalid_argument("the key balance needs one rule per model");
+  if (keys.key == kSweepDrawn && keys.draws.size() != models.size())
+    throw std::invalid_argument("the key drawn needs one threshold per model");
   const std::int64_t n = piece.rows * piece.cols;
   if (keys.key == kSweepImportance && n > 0 &&
       (keys.rows.length < 1 || flat_index(piece, n - 1) / keys.rows.length >= keys.rows.segments))

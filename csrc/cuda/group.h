@@ -122,6 +122,9 @@ MK_HD std::uint32_t lane_of(const Philox4& words, std::int64_t lane) {
   return (lane & 1) != 0 ? odd : even;
 }
 
+// The first n bits.
+MK_HD unsigned first_bits(int n) { return n <= 0 ? 0u : (1u << n) - 1u; }
+
 // Words of a Philox stream for the elements in `wanted` among the eight that begin at position `first` of the piece;
 // others are left alone. quads: the flat indices are consecutive and begin at a multiple of 4, so that one call serves
 // four elements.

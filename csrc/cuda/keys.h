@@ -7,7 +7,7 @@
 
 namespace mergekernels {
 
-enum KeyKind : std::int32_t { kKeyDelta = 0, kKeyVariance = 1, kKeyImportance = 2, kKeyBalance = 3 };
+enum KeyKind : std::int32_t { kKeyDelta = 0, kKeyVariance = 1, kKeyImportance = 2, kKeyBalance = 3, kKeyDrawn = 4 };
 
 // See Balance in ops/program.py; the order of the fields is that of the table in `Launches`.
 template <class C>

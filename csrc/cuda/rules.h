@@ -18,8 +18,6 @@ struct Group {
   unsigned joint;
 };
 
-MK_HD unsigned first_bits(int n) { return n <= 0 ? 0u : (1u << n) - 1u; }
-
 template <int kDType, class C>
 MK_HD Packed<kDType> load_input(const Group<C>& g, int m) {
   return load_packed<kDType>(g.a.models[m], g.at.first, g.at.n, g.a.aligned);
@@ -73,24 +71,23 @@ MK_HD unsigned rule_mask(const Group<C>& g, int m, const C* d) {
   const ModelPlan<C>& model = g.p.models[m];
   switch (model.rule) {
     case kRulePoint:
-    case kRuleBand: {
-      // Both points by one copy of the code.
+    case kRuleBand:
+    case kRuleDraw: {
+      // All points by one copy of the code.
       unsigned kept = 0;
       MK_ROLLED
       for (int i = 0; i < (model.rule == kRuleBand ? 2 : 1); ++i) {
         const unsigned passed = point_mask(i == 0 ? model.point : model.top, m, d, g.at);
         kept = i == 0 ? passed : kept & ~passed;
       }
-      return kept;
-    }
-    case kRuleDraw: {
+      if (model.rule != kRuleDraw) return kept;
       std::uint32_t words[kGroup] = {};
       group_words(g.at.seed, g.at.tensor, philox_stream(m, kPurposeDraw), g.at.piece, g.at.first, g.at.quads,
                   first_bits(g.at.n), words);
-      unsigned kept = 0;
+      unsigned drawn = 0;
       MK_UNROLL
-      for (int j = 0; j < kGroup; ++j) kept |= unsigned(std::uint64_t(words[j]) < model.threshold) << j;
-      return kept;
+      for (int j = 0; j < kGroup; ++j) drawn |= unsigned(std::uint64_t(words[j]) < model.threshold) << j;
+      return kept & drawn;
     }
     case kRuleMarked:
       return packed_bits(model.marks, g.p.marks_shift, g.at.first, g.at.n);

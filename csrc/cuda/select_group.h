@@ -90,6 +90,16 @@ MK_HD Packed<kDType> load_model(const SweepArgs& a, int m, std::int64_t first, i
   return load_packed<kDType>(a.models[m], first, n, a.aligned);
 }
 
+// Zero where the draw of a model does not keep the element.
+template <class C>
+MK_HD void keep_drawn(const SweepArgs& a, int m, std::int64_t first, int n, C* d) {
+  const std::uint64_t threshold = static_cast<const std::uint64_t*>(a.numbers)[m];
+  std::uint32_t words[kGroup] = {};
+  group_words(a.seed, a.tensor, philox_stream(m, kPurposeDraw), a.piece, first, a.quads, first_bits(n), words);
+  MK_UNROLL
+  for (int j = 0; j < kGroup; ++j) d[j] = std::uint64_t(words[j]) < threshold ? d[j] : C(0);
+}
+
 // The verdict of a search on a tensor of its own.
 template <int kDType, class C>
 MK_HD Verdict judge_own(const SweepArgs& a, int s, const Packed<kDType>& packed, const C* x0, std::int64_t first,
@@ -99,6 +109,7 @@ MK_HD Verdict judge_own(const SweepArgs& a, int s, const Packed<kDType>& packed,
   MK_UNROLL
   for (int j = 0; j < kGroup; ++j) d[j] = d[j] - x0[j];
   if (a.key == kKeyImportance) important(static_cast<const C*>(a.numbers), a.row_length, a.piece, first, n, d);
+  if (a.key == kKeyDrawn) keep_drawn(a, a.which[s], first, n, d);
   return judge(a, s, d, nonfinite_mask(packed, n), first, n);
 }
 

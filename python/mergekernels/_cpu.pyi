@@ -152,11 +152,13 @@ def sweep(
     key: int = 0,
     rows: tuple[int, Any] | None = None,
     balance: Sequence[tuple[float, float, float, float, float]] = (),
+    draws: Sequence[int] = (),
 ) -> None:
     """Adds one piece of one tensor to `stats`. models: those of the merge, each searched as the intervals say.
 
     compute: dtype code of F32 or F64. offset: scope index of flat index 0. key: 0 delta, 1 variance, 2 importance, 3
-    balance; rows: (length, float64 per row) for importance; balance: (lo, hi, spread, cut, top) per model.
+    balance, 4 drawn; rows: (length, float64 per row) for importance; balance: (lo, hi, spread, cut, top) per model;
+    draws: a threshold per model for drawn.
     """
 
 def stream(

@@ -37,7 +37,7 @@ __all__ = [
 _VOTE = {"none": 0, "weighted": 1}
 _DIVISOR = {"none": 0, "value": 1, "agreeing_weights": 2, "agreeing_count": 3}
 _STAGE = {"key": 1, "tie": 2}
-_KEYS = ("delta", "variance", "importance", "balance")
+_KEYS = ("delta", "variance", "importance", "balance", "drawn")
 _MARK = {"kept": 1, "agreeing": 2, "useful": 3}
 
 

@@ -103,7 +103,7 @@ def _rule(rule: KeepRule | None, model: int, extras: Extras) -> tuple[int, Any, 
     if isinstance(rule, Band):
         return (2, point(rule.wide), point(rule.top), 0, 0, 0, 0)
     if isinstance(rule, Draw):
-        return (3, None, None, rule.threshold, 0, 0, 0)
+        return (3, point(rule.point), None, rule.threshold, 0, 0, 0)
     if isinstance(rule, Marked):
         return (4, None, None, 0, address(extras.marks[model]), 0, 0)
     assert extras.masks is not None

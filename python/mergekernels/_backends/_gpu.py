@@ -245,6 +245,8 @@ def _numbers(request: Sweep, compute: DType, device: torch.device) -> torch.Tens
 
     if request.key == "importance" and request.rows is not None:
         return _values(request.rows, 1, compute, device)[0]
+    if request.key == "drawn":
+        return torch.tensor(request.draws, dtype=torch.int64).to(device)
     if request.key == "balance":
         fields = [[b.lo, b.hi, b.spread, b.cut, b.top] for b in request.balance]
         return torch.tensor(fields, dtype=torch.float64).to(torch_dtype(compute)).to(device)

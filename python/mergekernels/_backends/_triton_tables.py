@@ -32,7 +32,7 @@ __all__ = [
     "switches",
 ]
 
-KEYS = {"delta": 0, "variance": 1, "importance": 2, "balance": 3}
+KEYS = {"delta": 0, "variance": 1, "importance": 2, "balance": 3, "drawn": 4}
 _STAGE = {"key": 1, "tie": 2}
 _AXIS = {"rows": 1, "columns": 2, "groups": 3}
 _VOTE = {"none": 0, "weighted": 1, "plain": 2, "count": 3}
@@ -58,6 +58,7 @@ def switches(program: Program, inputs: Operands) -> int:
     """The digits of `kernels._switches` for a program."""
     rules = [k for k in program.keep if k is not None]
     plain = [k for k in rules if isinstance(k, Keep)] + [k.wide for k in rules if isinstance(k, Band) and k.wide]
+    plain += [k.point for k in rules if isinstance(k, Draw) and k.point]
     tops = [k.top for k in rules if isinstance(k, Band)]
     joint = [] if program.joint is None else [program.joint]
     ties = {k.ties for k in [*plain, *tops, *joint]}
@@ -153,6 +154,7 @@ def _rule(rule: Any, t: int, compute: DType, extras: Extras) -> list[int]:
         top = _point(rule.top, compute)
     elif isinstance(rule, Draw):
         kind, threshold = 1, rule.threshold
+        point = point if rule.point is None else _point(rule.point, compute)
     elif isinstance(rule, (RankDraw, RankBand)):
         assert extras.masks is not None
         kind, mask = 2, extras.masks[t].data_ptr()

@@ -37,14 +37,24 @@ _VOTES = ("none", "weighted", "plain", "count")
 _MERGES = ("sum", "max", "largest", "importance", "balance")
 _DIVISORS = ("none", "value", "agreeing_weights", "agreeing_count", "kept_count")
 _KINDS = ("kept", "agreeing", "useful")
-_KEYS = ("delta", "variance", "importance", "balance")
+_KEYS = ("delta", "variance", "importance", "balance", "drawn")
 _AXES = {"rows": 1, "columns": 2, "groups": 3}
 
 FEATURES = frozenset(
     {
         *("band", "draw", "rank", "marked", "joint", "importance_key", "factors", "table", "groups", "subtract"),
         *("anchor", "vote", "merge", "divisor", "alone", "limit", "useful", "balance", "importance", "divergence"),
-        *("key:variance", "key:importance", "key:balance", "gram", "reduce", "reduce:kept", "mark", "seg_dot"),
+        *(
+            "key:variance",
+            "key:importance",
+            "key:balance",
+            "key:drawn",
+            "gram",
+            "reduce",
+            "reduce:kept",
+            "mark",
+            "seg_dot",
+        ),
         "concrete",
     }
 )
@@ -92,6 +102,7 @@ def sweep(
         _KEYS.index(request.key),
         None if request.rows is None else (request.rows.length, request.rows.values),
         _balance(request.balance),
+        request.draws,
     )
 
 
@@ -260,7 +271,7 @@ def _rule(rule: KeepRule | None) -> tuple[Any, ...] | None:
     if isinstance(rule, Band):
         return (2, None if rule.wide is None else _point(rule.wide), _point(rule.top))
     if isinstance(rule, Draw):
-        return (3, rule.threshold)
+        return (3, rule.threshold, None if rule.point is None else _point(rule.point))
     if isinstance(rule, Marked):
         return (4,)
     if isinstance(rule, RankDraw):

@@ -38,7 +38,17 @@ _OPS = ("select", "sweep", "stream", "mark", "gram", "reduce", "divergence")
 FEATURES: frozenset[str] = frozenset(
     (
         *("alone", "anchor", "balance", "band", "divergence", "divisor", "draw", "factors", "gram", "groups"),
-        *("importance", "importance_key", "joint", "key:balance", "key:importance", "key:variance", "limit", "mark"),
+        *(
+            "importance",
+            "importance_key",
+            "joint",
+            "key:balance",
+            "key:drawn",
+            "key:importance",
+            "key:variance",
+            "limit",
+            "mark",
+        ),
         *("marked", "merge", "rank", "reduce", "subtract", "table", "useful", "vote"),
     )
 )

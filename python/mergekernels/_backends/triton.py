@@ -43,7 +43,7 @@ FEATURES: frozenset[str] = frozenset(
     (
         *("band", "draw", "rank", "marked", "joint", "importance_key", "factors", "vote", "merge", "divisor", "alone"),
         *("limit", "useful", "balance", "importance", "table", "groups", "subtract", "anchor"),
-        *("key:variance", "key:importance", "key:balance", "gram", "reduce", "divergence", "mark"),
+        *("key:variance", "key:importance", "key:balance", "key:drawn", "gram", "reduce", "divergence", "mark"),
         *("seg_dot", "concrete"),
     )
 )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from ..ops.keep import KEEP_NOTHING, Draw, KeepRule
+from ..ops.keep import KEEP_NOTHING, Draw, Keep, KeepRule
 from .common import INT8_MASK, LAMBDA, weight
-from .pipeline import DENSITY, MAJORITY, SCOPE, ZERO_VOTE, Election, Pipeline, Points
+from .pipeline import DENSITY, MAJORITY, SCOPE, ZERO_VOTE, Election, Pipeline, Points, measured, paper_count
 from .protocol import MethodInfo, Param, Spec
 
 __all__ = ["DareLinear", "DareTies"]
@@ -101,7 +101,7 @@ class DareLinear(_Dare):
 
 
 class DareTies(_Dare):
-    """DARE with the sign election of TIES."""
+    """DARE with the sign election of TIES, in the paper's dialect with its trim of what was drawn."""
 
     elections: ClassVar[Mapping[str, Election]] = {"default": "weighted", "paper": "paper", "peft": "peft"}
     normalizes = ("paper", "peft")
@@ -122,6 +122,15 @@ class DareTies(_Dare):
                 default=None,
             ),
             _RESCALE,
+            Param(
+                "trim",
+                "float",
+                "dialect paper: share of the entries that the trim of TIES keeps of each masked task vector, all of "
+                "equal magnitude at the cut among them; 0.2, and 1 does not trim",
+                default=None,
+                low=0.0,
+                high=1.0,
+            ),
             SCOPE,
             ZERO_VOTE,
             MAJORITY,
@@ -130,17 +139,54 @@ class DareTies(_Dare):
         base="required",
         modifiable=True,
         tier="T1",
-        passes="2 reads, 1 write; with 1 / density or without rescale 1 read, 1 write; a majority adds a read",
+        passes="2 reads, 1 write; with 1 / density or without rescale 1 read, 1 write; a majority adds a read, the "
+        "paper's trim a sample and a read",
         source=_SOURCE,
         dialects={
             "default": "mergekit 0.1.5's rules in float32: L1 rescale, weighted vote, zero counts as +1, a sum",
-            "paper": "kept entries times 1 / density, then the unweighted vote of TIES, where zero takes the majority "
+            "paper": "MergeLM: kept entries times 1 / density, trimmed to the largest of the scope (zeros count as "
+            "entries), then the unweighted vote of TIES, where zero takes the majority "
             "sign of the scope, divisor the number that agree; weights other than 1 are refused",
             "peft": "kept entries times 1 / density, unweighted vote by sum or by number of signs, zero counts as +1; "
             "weights after the vote, divisor the number that agree",
         },
-        deviations=(
-            *_DEVIATIONS,
-            "MergeLM also trims the masked task vectors to their largest 20 %; here the paper's dialect does not trim",
-        ),
+        deviations=_DEVIATIONS,
     )
+
+    def check(self, params: Mapping[str, Any], dialect: str, nan: str) -> list[str]:
+        """The trim belongs to the paper's dialect."""
+        problems = super().check(params, dialect, nan)
+        if params["trim"] is not None and dialect != "paper":
+            problems.append(f"trim is the paper's; expected dialect paper; got dialect {dialect}")
+        return problems
+
+    def searches(self, spec: Spec) -> tuple[tuple[int, int], ...]:
+        """One point per model that is trimmed."""
+        n, k = self._trimmed(spec)
+        return tuple((t, k) for t, density in enumerate(spec.params["density"]) if density > 0.0 and 0 < k < n)
+
+    def draws(self, spec: Spec) -> tuple[int, ...]:
+        """The thresholds of `rules`."""
+        return tuple(int(min(max(density, 0.0), 1.0) * 2.0**32) for density in spec.params["density"])
+
+    def rules(self, spec: Spec, points: Points) -> tuple[KeepRule | None, ...]:
+        """A draw per model, trimmed at its point."""
+        drawn = super().rules(spec, points)
+        _, k = self._trimmed(spec)
+        if k == 0:
+            return (KEEP_NOTHING,) * len(drawn)
+        return tuple(_cut(rule, points.get((t, k))) for t, rule in enumerate(drawn))
+
+    def _trimmed(self, spec: Spec) -> tuple[int, int]:
+        """(entries of the scope, how many of a model the trim keeps)."""
+        n = measured(spec, self.scope(spec.params, spec.dialect)).n
+        if spec.dialect != "paper":
+            return n, n
+        trim = spec.params["trim"]
+        return n, paper_count(0.2 if trim is None else trim, n)
+
+
+def _cut(rule: KeepRule | None, point: Keep | None) -> KeepRule | None:
+    if point is None:
+        return rule
+    return Draw(rule.threshold, point) if isinstance(rule, Draw) else point if rule is None else rule

@@ -102,6 +102,11 @@ def measured(spec: Spec, scope: Literal["tensor", "model"]) -> Scope:
     return Scope((0,), (spec.tensor,), spec.n, spec.scope.compute)
 
 
+def paper_count(share: float, n: int) -> int:
+    """How many of n entries the trim of the TIES paper keeps: all |d| from the floor(share n)+1-th largest on."""
+    return 0 if share <= 0.0 or n == 0 else n if share >= 1.0 else min(n, int(share * n) + 1)
+
+
 def place(spec: Spec) -> int:
     """The number of this tensor in its scope."""
     return max(0, bisect_right(spec.scope.offsets, spec.offset) - 1)
@@ -128,6 +133,10 @@ class Pipeline(ABC):
     @abstractmethod
     def rules(self, spec: Spec, points: Points) -> tuple[KeepRule | None, ...]:
         """What each model keeps; None keeps everything."""
+
+    def draws(self, spec: Spec) -> tuple[int, ...]:
+        """Thresholds of the draws, one per model, if only drawn entries are ranked."""
+        return ()
 
     def fixed_factors(self, spec: Spec) -> tuple[float, ...]:
         """Factors of the sparsified task vectors that need no data."""
@@ -166,8 +175,15 @@ class Pipeline(ABC):
         searches = self.searches(spec)
         if not searches:
             return self._norms(spec, coeffs)
+        draws = self.draws(spec)
         selection = Selection.of(
-            searches, measured(spec, scope), policy=self.tie_policy(spec), seed=spec.seed, base=True
+            searches,
+            measured(spec, scope),
+            policy=self.tie_policy(spec),
+            seed=spec.seed,
+            base=True,
+            key="drawn" if draws else "delta",
+            draws=draws,
         )
         return Round("select", scope, selection=selection, coeffs=coeffs)
 

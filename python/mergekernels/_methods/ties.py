@@ -20,6 +20,7 @@ from .pipeline import (
     Pipeline,
     Points,
     measured,
+    paper_count,
 )
 from .protocol import Coeffs, MethodInfo, Param, Spec
 
@@ -123,12 +124,8 @@ class Ties(Pipeline):
         """How many entries each model keeps, at most n."""
         counts = []
         for density in spec.params["density"]:
-            if density <= 0.0 or n == 0:
-                counts.append(0)
-            elif density >= 1.0:
-                counts.append(n)
-            elif spec.dialect == "paper":
-                counts.append(min(n, int(density * n) + 1))
+            if spec.dialect == "paper" or density <= 0.0 or density >= 1.0 or n == 0:
+                counts.append(paper_count(density, n))
             else:
                 counts.append(max(0 if spec.dialect == "peft" else 1, int(density * n)))
         return counts

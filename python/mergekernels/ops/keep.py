@@ -69,15 +69,20 @@ class Band:
 class Draw:
     """Kept iff the element's Philox word (purpose 0) is below `threshold` = floor(density * 2^32).
 
+    point : what is kept must pass it too; see the key "drawn" of `Sweep`.
+
     Raises
     ------
-    ArgumentError : threshold outside [0, 2^32].
+    ArgumentError : threshold outside [0, 2^32], or a point of another type.
     """
 
     threshold: int
+    point: Keep | None = None
 
     def __post_init__(self) -> None:
         check_integer(self.threshold, 0, (1 << 32) + 1, "threshold")
+        if self.point is not None and not isinstance(self.point, Keep):
+            raise _refusal("point", "a Keep or None", self.point)
 
 
 @dataclass(frozen=True)

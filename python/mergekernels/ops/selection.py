@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from .keep import MAX_KEY, Keep
 from .program import Balance, Table
-from .sweeps import Interval, Sweep, bin_shift
+from .sweeps import Interval, Key, Sweep, bin_shift
 
 if TYPE_CHECKING:
     from .._cpu import SweepStats
@@ -66,7 +66,7 @@ class Selection:
 
     searches : the points that are looked for, several for one model if need be; None for one that needs no data.
     policy : "hash", "index" or "all". sample : fraction of the elements that the next sweep visits, 1.0 for all.
-    key, rows, balance : what is ranked, see `Sweep`.
+    key, rows, balance, draws : what is ranked, see `Sweep`.
     """
 
     searches: tuple[Search | None, ...]
@@ -75,9 +75,10 @@ class Selection:
     seed: int
     base: bool
     sample: float = 1.0
-    key: Literal["delta", "variance", "importance", "balance"] = "delta"
+    key: Key = "delta"
     rows: Table | None = None
     balance: tuple[Balance, ...] = ()
+    draws: tuple[int, ...] = ()
 
     @staticmethod
     def start(
@@ -100,9 +101,10 @@ class Selection:
         policy: Literal["hash", "index", "all"],
         seed: int,
         base: bool,
-        key: Literal["delta", "variance", "importance", "balance"] = "delta",
+        key: Key = "delta",
         rows: Table | None = None,
         balance: tuple[Balance, ...] = (),
+        draws: tuple[int, ...] = (),
     ) -> Selection:
         """Begin the search of several points: (model, k) for the k largest keys of a model, 1 <= k <= n."""
         hi = MAX_KEY[scope.compute]
@@ -119,6 +121,7 @@ class Selection:
             key,
             rows,
             balance,
+            draws,
         )
 
     @property
@@ -139,7 +142,7 @@ class Selection:
             for s in self.searches
         )
         order: Literal["hash", "index"] = "index" if self.policy == "index" else "hash"
-        return Sweep(intervals, order, self.base, self.seed, self.key, self.rows, self.balance)
+        return Sweep(intervals, order, self.base, self.seed, self.key, self.rows, self.balance, self.draws)
 
     def ranked(self, k: int) -> Selection:
         """This selection with another rank for every point whose stage is still its first, 1 <= k <= n."""

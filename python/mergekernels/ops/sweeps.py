@@ -7,7 +7,10 @@ from typing import Literal
 
 from .program import Balance, Table
 
-__all__ = ["NUM_BINS", "Interval", "Sweep", "bin_shift"]
+__all__ = ["NUM_BINS", "Interval", "Key", "Sweep", "bin_shift"]
+
+Key = Literal["delta", "variance", "importance", "balance", "drawn"]
+"""What a sweep ranks, see `Sweep`."""
 
 NUM_BINS = 4096
 """Bins of the histogram that a sweep keeps where its interval holds more entries than its capacity."""
@@ -47,18 +50,20 @@ class Sweep:
         "variance": one search over all models; with s = +0 + d1 + ... + dT and mean = s / C(T), the key is
             (+0 + (d1 - mean)^2 + ... + (dT - mean)^2) / C(T), every operation rounded to C.
         "importance": |dt| * C(rows of the element's row), one product; see Table, with one value per row.
+        "drawn": |dt| where the element's Philox word (purpose 0 of the model) is below draws[t], else 0.
         "balance": the number z of `Balance` (program.py), which is never negative.
     base : deltas are taken from a base. order : the tie order. seed : Philox seed.
-    rows : for "importance". balance : for "balance", one per model.
+    rows : for "importance". balance : for "balance", draws : for "drawn", thresholds to 2^32; one per model.
     """
 
     intervals: tuple[Interval | None, ...]
     order: Literal["hash", "index"] = "hash"
     base: bool = True
     seed: int = 0
-    key: Literal["delta", "variance", "importance", "balance"] = "delta"
+    key: Key = "delta"
     rows: Table | None = None
     balance: tuple[Balance, ...] = ()
+    draws: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         numbered = tuple(

@@ -27,7 +27,17 @@ __all__ = [
 FEATURES = frozenset(
     {
         *("band", "draw", "rank", "marked", "joint", "importance_key", "factors", "table", "groups", "subtract"),
-        *("key:variance", "key:importance", "key:balance", "gram", "reduce", "reduce:kept", "divergence", "mark"),
+        *(
+            "key:variance",
+            "key:importance",
+            "key:balance",
+            "key:drawn",
+            "gram",
+            "reduce",
+            "reduce:kept",
+            "divergence",
+            "mark",
+        ),
         *("vote", "merge", "divisor", "alone", "limit", "useful", "balance", "importance", "anchor"),
         *("seg_dot", "concrete"),
     }

@@ -60,7 +60,8 @@ def kept_mask(
         wide = everything if rule.wide is None else passes(rule.wide, keys(d), seed, tensor, model, g)
         return wide & ~passes(rule.top, keys(d), seed, tensor, model, g), None
     if isinstance(rule, Draw):
-        return philox(seed, tensor, 16 * model, g) < rule.threshold, None
+        drawn = philox(seed, tensor, 16 * model, g) < rule.threshold
+        return drawn if rule.point is None else drawn & passes(rule.point, keys(d), seed, tensor, model, g), None
     if isinstance(rule, Marked):
         assert marks is not None
         return (marks[(g >> 3) - (g[:1] >> 3)].long() >> (g & 7)) & 1 == 1, None

@@ -10,7 +10,7 @@ import torch
 from ...ops.keep import Keep
 from ...ops.sweeps import Sweep
 from ...tensors import DType, Piece, TensorView
-from .common import delta, flat_index, keys, load, ordered_sum, tie_words
+from .common import delta, flat_index, keys, load, ordered_sum, philox, tie_words
 from .rules import balance, importance, variance
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def sweep(
         g = flat_index(piece, x.device)
         sources = [v for v in xs if v is not None] if request.joint else [x]
         _report_nonfinite(stats, m, torch.stack([~v.isfinite() for v in sources]).any(0), g + offset)
-        key = keys(_number(request, deltas, interval.model, g))
+        key = keys(_number(request, deltas, interval.model, g, tensor))
         if interval.stage == "key":
             ordinal, member = key, torch.ones_like(key, dtype=torch.bool)
             before = key > interval.hi
@@ -75,7 +75,9 @@ def sweep(
         _report_nonfinite(stats, len(request.intervals), ~x0.isfinite(), flat_index(piece, x0.device) + offset)
 
 
-def _number(request: Sweep, deltas: Sequence[torch.Tensor | None], model: int, g: torch.Tensor) -> torch.Tensor:
+def _number(
+    request: Sweep, deltas: Sequence[torch.Tensor | None], model: int, g: torch.Tensor, tensor: int
+) -> torch.Tensor:
     """The number whose bits are the key of a model."""
     d = deltas[model]
     assert d is not None
@@ -87,6 +89,9 @@ def _number(request: Sweep, deltas: Sequence[torch.Tensor | None], model: int, g
     if request.key == "importance":
         assert request.rows is not None
         return importance(d, request.rows, g)
+    if request.key == "drawn":
+        drawn = philox(request.seed, tensor, 16 * model, g) < request.draws[model]
+        return torch.where(drawn, d, torch.zeros_like(d))
     return d
 
 
