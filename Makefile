@@ -4,6 +4,9 @@ TORCH ?= 2.13.0
 TRITON ?= 3.9.0
 VENV ?= .venv
 RUN := $(VENV)/bin/
+# Processes for the tests. Many short tests share cases that are made once per process, so that a file stays in one.
+JOBS ?= 2
+PYTEST := $(RUN)pytest -q -n $(JOBS)
 NATIVE := $(wildcard csrc/*.* csrc/*/*) pyproject.toml
 
 .PHONY: help demo docs test test-slow test-exhaustive test-peers lint format wheel-test bench clean
@@ -37,15 +40,15 @@ demo: $(VENV)/.built
 
 # Triton decides at import between its interpreter and its compiler: one process each.
 test: $(VENV)/.built
-	$(RUN)pytest -q -m "not slow and not peer and not exhaustive"
-	TRITON_INTERPRET=1 $(RUN)pytest -q -m "not slow and not exhaustive" tests/interpreter
+	$(PYTEST) --dist loadfile -m "not slow and not peer and not exhaustive"
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow and not exhaustive" tests/interpreter
 
 test-slow: $(VENV)/.built
-	$(RUN)pytest -q -m slow
-	TRITON_INTERPRET=1 $(RUN)pytest -q -m slow tests/interpreter
+	$(PYTEST) -m slow
+	TRITON_INTERPRET=1 $(PYTEST) -m slow tests/interpreter
 
 test-exhaustive: $(VENV)/.built
-	TRITON_INTERPRET=1 $(RUN)pytest -q -m exhaustive tests/interpreter
+	TRITON_INTERPRET=1 $(PYTEST) -m exhaustive tests/interpreter
 
 test-peers: $(VENV)/.built
 	bash benchmarks/make_peer_env.sh $(VENV)-peer
