@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from math import fsum, isfinite, prod
+from math import prod
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +17,13 @@ from ..._methods.protocol import Coeffs, Round
 from ...errors import ArgumentError, InputError, MergeError, PlanError
 from ...formats.safetensors import build_header
 from ...formats.safetensors import layout as place
-from ...tensors import CANONICAL_BLOCK, DType, dtype_of, promote
+from ...tensors import CANONICAL_BLOCK, DType, dtype_of
 from ..adapted import AdaptedCheckpoint
 from ..committer import Committer
 from ..context import Context
 from ..events import Progress, ProgressSink
 from ..fileops import fsync_dir, output_error, publish_swap, write_small
-from ..identity import canonical_json, input_identities, versions
+from ..identity import canonical_json
 from ..inputs import Stream, streams_of
 from ..io import Io
 from ..layout import OutputFile, PlacedTensor
@@ -31,12 +31,13 @@ from ..memory import cut_budget, memory_limit
 from ..plan import Plan, make_plan
 from ..readahead import ReadAhead
 from ..receipts import Receipt
-from ..resolved import ResolvedMerge, Source, sources_of
+from ..resolved import ResolvedMerge, sources_of
 from ..scheduler import Scheduler
 from ..staging import Staging
 from ..target import check_target
 from ..unit import Unit, sync_failure
 from ..waves import run_waves
+from .index import contents, experts_of, scales_of
 from .job import CompressJob, Found, MaskWorker
 from .layout import FORMAT, INDEX, VECTOR, index_bytes, mask_name
 
@@ -199,8 +200,8 @@ class _Compression:
         scheduler: Scheduler[MaskWorker] = Scheduler(workers, budget.window, budget.pool)
         coeffs = run_waves(self.ctx, self.staging, scheduler, lambda d, t, n: self._tell("measure", d, t, n))  # type: ignore[arg-type]
         receipts = self._merge(scheduler, coeffs)
-        scales = self._scales()
-        text = index_bytes(self._index(receipts, scales))
+        scales = scales_of(self.kind, self.models, [self.found[i] for i in self.members])
+        text = index_bytes(contents(plan.merge, self.files, receipts, self.found, scales))
         write_small(self.io, self.staging.temporary(INDEX), self.staging.tree / INDEX, text)
         fsync_dir(self.io, self.staging.tree)
         publish_swap(self.io, self.staging.tree, self.staging.out, self.staging.root / "replaced", replace=False)
@@ -209,7 +210,7 @@ class _Compression:
         tiles = sum(len(w.tiles.buffers) * w.tiles.nbytes + len(w.masks.buffers) * w.masks.nbytes for w in workers)
         return CompressReport(
             str(self.staging.out),
-            tuple(self._experts()),
+            tuple(experts_of(plan.merge, self.members)),
             tuple(scales),
             plan.bytes_in,
             sum(f.size for f in self.files) + len(text),
@@ -282,70 +283,6 @@ class _Compression:
 
     def _streams(self, index: int) -> list[Stream]:
         return streams_of(self.plan.merge.inputs, sources_of(self.plan.merge.tensors[index]), self.ctx.inputs.first)
-
-    def _scales(self) -> list[float]:
-        """The factor of each expert: 1, or for EMR mean |d| over mean |v| under its mask, both summed over tensors."""
-        if self.kind == "useful":
-            return [1.0] * self.models
-        scales = []
-        for m in range(self.models):
-            own = fsum(self.found[i].means[m][0] for i in self.members)
-            kept = fsum(self.found[i].means[m][1] for i in self.members)
-            scales.append(own / kept if kept and isfinite(own / kept) else 1.0)
-        return scales
-
-    def _experts(self) -> list[str]:
-        merge = self.plan.merge
-        return [merge.inputs[s.input].label for s in merge.tensors[self.members[0]].models]
-
-    def _index(self, receipts: Sequence[Receipt], scales: Sequence[float]) -> dict[str, Any]:
-        merge = self.plan.merge
-        by_file = {r.file: r for r in receipts}
-        digests = [{t.name: t.sha256 for t in by_file[f.name].tensors} for f in self.files]
-        identities = input_identities(merge)
-        first = merge.tensors[self.members[0]]
-        assert first.base is not None
-        experts = [
-            {
-                "name": merge.inputs[source.input].label,
-                "path": identities[source.input]["path"],
-                "file": file.name,
-                "size": file.size,
-                "sha256": by_file[file.name].sha256,
-                "scale": scale,
-            }
-            for source, file, scale in zip(first.models, self.files[1:], scales, strict=True)
-        ]
-        vector = self.files[0]
-        return {
-            "format": FORMAT,
-            "versions": versions(),
-            "kind": merge.method,
-            "dialect": merge.dialect,
-            "recipe": merge.recipe,
-            "base": identities[first.base.input],
-            "vector": {"file": vector.name, "size": vector.size, "sha256": by_file[vector.name].sha256},
-            "experts": experts,
-            "tensors": [self._tensor(i, digests) for i in self.members],
-        }
-
-    def _tensor(self, index: int, digests: list[dict[str, str]]) -> dict[str, Any]:
-        merge = self.plan.merge
-        tensor = merge.tensors[index]
-        assert tensor.base is not None
-
-        def dtype(source: Source) -> DType:
-            return merge.inputs[source.input].tensors[source.tensor].dtype
-
-        return {
-            "name": tensor.name,
-            "shape": list(tensor.shape),
-            "dtype": tensor.dtype.name,
-            "restored": [(tensor.cast or promote([dtype(s), dtype(tensor.base)])).name for s in tensor.models],
-            "base_sha256": self.found[index].base_sha256,
-            "vector_sha256": digests[0][tensor.name],
-            "mask_sha256": [d[tensor.name] for d in digests[1:]],
-        }
 
 
 def _file(name: str, tensors: Sequence[tuple[str, DType, tuple[int, ...]]], members: Sequence[int]) -> OutputFile:
