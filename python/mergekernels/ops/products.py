@@ -36,6 +36,8 @@ class ProductInputs(Inputs):
         """(None, the tile of every model) of a box; the views of the box before are overwritten."""
         assert self.tiles is not None
         rows, cols = self.box(shard)
+        if self.tiles.at_once:
+            return None, [view_of(tile) for tile in self.tiles.tiles(rows, cols)]
         size = (rows[1] - rows[0], cols[1] - cols[0])
         return None, [view_of(self.tiles.tile(rows, cols, t, self._space(t, size))) for t in range(self.num_models)]
 
