@@ -9,6 +9,7 @@ from ...errors import ArgumentError
 from ._blocks import orthonormal, root
 from ._krylov import Ritz, Want, krylov
 from ._maps import DenseMap, FactorMap, Map, MixMap, transposed
+from ._plain import plain_eigh, suits
 from .cuts import power_of_two, rank_cut
 from .gram import gram
 
@@ -65,12 +66,17 @@ def leading(
     if chosen == "core":
         assert isinstance(x, FactorMap)
         return _core(x, rank, energy)
-    if chosen == "whole":
-        return _whole(x, rank, energy)
     if chosen == "dense" and not isinstance(x, DenseMap):
         x = DenseMap(x.dense())
     want = Want(rank, energy, x.near_norm2, rank_cut(*x.shape))
     flip = x.shape[0] < x.shape[1]
+    if chosen in ("dense", "whole") and route == "auto" and suits(x, want, strict):
+        sideways = transposed(x) if flip else x
+        near = plain_eigh(sideways, want)
+        if near is not None:
+            return _polished(sideways, near, want, strict, flip, "plain")
+    if chosen == "whole":
+        return _whole(x, rank, energy)
     if flip and warm is not None:
         warm = orthonormal(x.times(warm.to(device=x.device, dtype=x.dtype)))[0]
     sideways = transposed(x) if flip else x

@@ -13,6 +13,7 @@ from .iterations import extremes, newton_schulz, probes, qdwh
 from .qr import tall_qr
 from .sharded import Matrix, Sharded, check_matrix, cut_like, dense
 from .small import small_svd
+from .split_gram import split_polar
 from .stacking import balance
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Polar", "polar"]
 
-Route = Literal["auto", "core", "gram", "svd", "newton_schulz", "qdwh"]
-ROUTES = ("auto", "core", "gram", "svd", "newton_schulz", "qdwh")
+Route = Literal["auto", "core", "gram", "svd", "split", "newton_schulz", "qdwh"]
+ROUTES = ("auto", "core", "gram", "svd", "split", "newton_schulz", "qdwh")
 
 ACCEPT = 1e-5
 """Residual up to which an iteration's result is taken."""
@@ -33,6 +34,12 @@ FLOOR = 1e-6
 
 LONG = 1.25
 """Aspect from which the Gram route is faster than LAPACK's float32 SVD on CPU ; both take about as long there."""
+
+SHORT = 2.0
+"""Aspect up to which a float32 Gram with a float64 block for weak directions is tried first on CPU."""
+
+TINY = 128
+"""Short side up to which LAPACK is as fast as anything."""
 
 SMALL_ON_GPU = 2048
 """Short side up to which an eigendecomposition on a GPU is cheap enough to spare all doubt about the rank."""
@@ -63,9 +70,10 @@ def polar(X: Any, tol: float | None = None, route: Route = "auto", nuclear: bool
     nuclear : also the sum of the singular values.
     route : "auto" picks by device, shape and dtype. "core" (what Factors take): two `tall_qr` and a small SVD.
     "gram": eigenvectors of the float64 Gram of the short side; cuts below 1e-6 count as 1e-6. "svd": LAPACK or
-    cuSOLVER. "newton_schulz": fixed steps of degree 5, which can miss or keep values within a factor 4 below the cut.
-    "qdwh": Halley steps for full rank. The last two check their result and rerun on "gram" where it fails; "auto" also
-    does so wherever the rank is not full.
+    cuSOLVER. "split": eigenvectors of the Gram in the matrix's precision, weak directions in float64, for flat spectra
+    of full rank; it gives any other spectrum to "svd" or "gram". "newton_schulz": fixed steps of degree 5, which can
+    miss or keep values within a factor 4 below the cut. "qdwh": Halley steps for full rank. The last two check their
+    result and rerun on "gram" where it fails; "auto" also does so wherever the rank is not full.
     Returns Polar, or a list of them.
     Promise: P is the exact factor of X + E on the support with ||E||_F <= 50 eps ||X||_F; so its error grows with the
     condition of the support, from 1e-5 (float32) at 1e2.
@@ -114,6 +122,23 @@ def _auto(x: Matrix, tol: float) -> str:
     return "svd" if x.dtype == torch.float64 or tol < FLOOR or m < LONG * n else "gram"
 
 
+def _may_split(x: Matrix, cut: float) -> bool:
+    """Whether the split Gram is worth a try."""
+    import torch
+
+    m, n = x.shape
+    plain = isinstance(x, torch.Tensor) and x.dtype == torch.float32 and x.device.type == "cpu"
+    return plain and n > TINY and m < SHORT * n and cut >= FLOOR
+
+
+def _inner(p: Matrix, x: Matrix) -> float:
+    """<P, X>, the nuclear norm of X."""
+    import torch
+
+    pairs = zip(_rows(p).parts, _rows(x).parts, strict=True)
+    return sum(float((q * y).sum(dtype=torch.float64)) for q, y in pairs)
+
+
 def _tall(x: Matrix, tol: float | None, route: str, nuclear: bool) -> Polar:
     m, n = x.shape
     cut = check_tol(tol, rank_cut(m, n))
@@ -122,6 +147,13 @@ def _tall(x: Matrix, tol: float | None, route: str, nuclear: bool) -> Polar:
         route = _auto(x, cut)
     if min(m, n) == 0:
         return Polar(x, 0, 0.0 if nuclear else None, 0.0, route)
+    if route == "split" or (strict and _may_split(x, cut)):
+        p = split_polar(dense(x), cut)
+        if p is not None:
+            return _finish(x, p, n, _inner(p, x) if nuclear else None, "split")
+        if route == "split":
+            other = "svd" if m < LONG * n else "gram"
+            return replace(_tall(x, tol, other, nuclear), route=f"split, {other}")
     if route == "svd":
         return _svd(x, check_tol(tol, rank_cut(m, n, x.dtype)), nuclear)
     if route == "gram":
@@ -161,17 +193,13 @@ def _finish(x: Matrix, p: Matrix, rank: int, total: float | None, route: str) ->
 
 def _checked(x: Matrix, p: Matrix, cut: float, nuclear: bool, route: str, full: bool) -> Polar:
     """The result of an iteration if it is a partial isometry (of full rank, where asked for), else the Gram route's."""
-    import torch
 
     trace, off = measure(p)
     rank = round(trace) if trace == trace and trace < 2.0**31 else -1
     good = rank >= 0 and abs(trace - rank) <= 0.05 and off <= ACCEPT * max(rank, 1) ** 0.5
     if not good or (full and rank != x.shape[1]):
         return _gram(x, gram(x), cut, nuclear, f"{route}, gram")
-    total = None
-    if nuclear:
-        pairs = zip(_rows(p).parts, _rows(x).parts, strict=True)
-        total = sum(float((q * y).sum(dtype=torch.float64)) for q, y in pairs)
+    total = _inner(p, x) if nuclear else None
     return Polar(cut_like(p, x), rank, total, off / max(rank, 1) ** 0.5, route)
 
 
