@@ -132,3 +132,16 @@ def test_written_and_read_back(tmp_path: Path) -> None:
     assert (adapter.base, adapter.config["task_type"]) == ("org/base", "SEQ_CLS")
     with pytest.raises(OutputError, match="already there"):
         write_peft(tmp_path / "out", modules)
+
+
+def test_an_adapter_in_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"'org/lora' is neither.*hf download org/lora"):
+        read_adapter("org/lora")
+    folder, commit = tmp_path / "models--org--lora", "0" * 40
+    peft_folder(folder / "snapshots" / commit, TWO)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    adapter = read_adapter("org/lora")
+    assert adapter.label == "org/lora" and list(adapter.modules) == sorted([Q, V])

@@ -204,6 +204,25 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, name: str, monkeyp
     assert sorted(p.name for p in (tmp_path / "x").iterdir()) == [name]
 
 
+def test_an_old_folder_comes_back_if_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_peft(tmp_path / "a", linear("q", 2))
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    rename = Path.rename
+
+    def only_aside(self: Path, target: Path) -> Path:
+        if not str(self).endswith(".old") and not str(target).endswith(".old"):
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", only_aside)
+        with pytest.raises(OutputError, match="Input/output error"):
+            write_peft(tmp_path / "a", linear("q", 3), overwrite=True)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
 def test_nothing_is_replaced_unasked(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     write_peft(tmp_path / "a", linear("q"))  # an empty folder is no output
