@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .._methods.protocol import MethodInfo, Param
     from ..adapters.report import MergeReport
 
-__all__ = ["merge_command"]
+__all__ = ["merge_command", "numbers"]
 
 
 def merge_command(
@@ -44,7 +44,7 @@ def merge_command(
 
         given = _parameters(get_matrix(method, "adapters").info, params)
         if weights is not None:
-            given["weights"] = _numbers(weights)
+            given["weights"] = numbers(weights)
         from ..adapters.merge import merge_adapters
         from ..adapters.saving import check_target
 
@@ -72,7 +72,7 @@ def merge_command(
     guarded(output, work)
 
 
-def _numbers(text: str) -> float | list[float]:
+def numbers(text: str) -> float | list[float]:
     """One number, or several between commas."""
     try:
         values = [float(part) for part in text.split(",")]

@@ -91,8 +91,8 @@ class Specs:
             checkpoint = self.merge.inputs[source.input]
             if module_of(checkpoint, source.tensor) is not None:
                 return True
-            if self.whole is not None and tensor.base is not None and isinstance(checkpoint, AdaptedCheckpoint):
-                return True
+            if tensor.base is not None and isinstance(checkpoint, AdaptedCheckpoint):
+                return True  # a model that an adapter leaves as the base is need not be read
         return False
 
     def _by_deltas(self, index: int, method: Method) -> bool:
