@@ -81,11 +81,14 @@ def get(name: str) -> Method:
     """
     method = _METHODS.get(name) if isinstance(name, str) else None
     if method is None:
+        from .matrix_table import matrix_names  # which imports this package
+
+        known = [*_METHODS, *matrix_names("models")]
         raise ArgumentError(
             "unknown merge method",
             code="method.unknown",
-            expected="one of " + ", ".join(_METHODS),
+            expected="one of " + ", ".join(known),
             got=repr(name),
-            hint=nearest(name, _METHODS) if isinstance(name, str) else None,
+            hint=nearest(name, known) if isinstance(name, str) else None,
         )
     return method
