@@ -61,7 +61,9 @@ def test_best_approximation(root: Path, tmp_path: Path, spread: str) -> None:
         assert error <= (1 + 1e-4) * best + 1e-6 * float(d.norm()), name
         module = report.modules[name.removesuffix(".weight")]
         assert module.rank == 9
-        assert module.kept_energy == pytest.approx(float(s[:9].square().sum() / s.square().sum()), rel=1e-4)
+        # An error of up to (1 + 1e-4) of the best one keeps that much less.
+        kept = float(s[:9].square().sum() / s.square().sum())
+        assert kept - 2.1e-4 * (1 - kept) <= module.kept_energy <= kept + 1e-6
         assert module.error == pytest.approx(best / float(s.norm()), rel=1e-3)
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (9, 9, False)

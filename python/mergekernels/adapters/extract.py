@@ -201,6 +201,7 @@ def extract_adapter(
         dtype=dtype.name,
         metadata=_provenance(run, first, second),
         extras={name: partial(load_tensor, second, name) for name in saved},
+        base=first,
         overwrite=overwrite,
     )
     seconds = time.monotonic() - start
