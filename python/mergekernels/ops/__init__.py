@@ -1,6 +1,7 @@
 """Public tensor functions. Each checks its arguments, picks a backend and calls it; none knows a file or a method.
 
-Functions over whole matrices are in `spectral` and load on first use: they need torch.
+Functions over whole matrices are in `spectral`, over stacks of low-rank updates in `tensor`; they need torch and load
+on first use.
 """
 
 from __future__ import annotations
@@ -29,8 +30,14 @@ if TYPE_CHECKING:
     from .spectral.stacking import balance, stack
     from .spectral.subspace import Subspace, subspace
     from .spectral.tiles import FactorTiles
+    from .tensor.cluster import Clusters, cluster
+    from .tensor.cp import CP, cp_als
+    from .tensor.mttkrp import mttkrp
+    from .tensor.tucker import Tucker, tucker
 
 __all__ = [
+    "CP",
+    "Clusters",
     "FactorTiles",
     "Keep",
     "LowRank",
@@ -43,10 +50,14 @@ __all__ = [
     "SoftThreshold",
     "Subspace",
     "TallQR",
+    "Tucker",
     "balance",
+    "cluster",
     "combine",
     "concrete",
+    "cp_als",
     "lowrank",
+    "mttkrp",
     "nuclear_norm",
     "osrm_init",
     "pcgrad",
@@ -62,41 +73,49 @@ __all__ = [
     "stream",
     "subspace",
     "tall_qr",
+    "tucker",
 ]
 
-_SPECTRAL = {
-    "FactorTiles": "tiles",
-    "LowRank": "lowrank",
-    "Mix": "mix",
-    "Polar": "polar_factor",
-    "Sharded": "sharded",
-    "SmallEigh": "small",
-    "SmallSVD": "small",
-    "SoftThreshold": "shrink",
-    "Subspace": "subspace",
-    "TallQR": "qr",
-    "balance": "stacking",
-    "lowrank": "lowrank",
-    "nuclear_norm": "nuclear",
-    "osrm_init": "osrm",
-    "polar": "polar_factor",
-    "project": "projections",
-    "rank_cut": "cuts",
-    "small_eigh": "small",
-    "small_svd": "small",
-    "soft_threshold": "shrink",
-    "stack": "stacking",
-    "subspace": "subspace",
-    "tall_qr": "qr",
+_HOME = {
+    "CP": "tensor.cp",
+    "Clusters": "tensor.cluster",
+    "FactorTiles": "spectral.tiles",
+    "LowRank": "spectral.lowrank",
+    "Mix": "spectral.mix",
+    "Polar": "spectral.polar_factor",
+    "Sharded": "spectral.sharded",
+    "SmallEigh": "spectral.small",
+    "SmallSVD": "spectral.small",
+    "SoftThreshold": "spectral.shrink",
+    "Subspace": "spectral.subspace",
+    "TallQR": "spectral.qr",
+    "Tucker": "tensor.tucker",
+    "balance": "spectral.stacking",
+    "cluster": "tensor.cluster",
+    "cp_als": "tensor.cp",
+    "lowrank": "spectral.lowrank",
+    "mttkrp": "tensor.mttkrp",
+    "nuclear_norm": "spectral.nuclear",
+    "osrm_init": "spectral.osrm",
+    "polar": "spectral.polar_factor",
+    "project": "spectral.projections",
+    "rank_cut": "spectral.cuts",
+    "small_eigh": "spectral.small",
+    "small_svd": "spectral.small",
+    "soft_threshold": "spectral.shrink",
+    "stack": "spectral.stacking",
+    "subspace": "spectral.subspace",
+    "tall_qr": "spectral.qr",
+    "tucker": "tensor.tucker",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _SPECTRAL:
+    if name not in _HOME:
         raise AttributeError(f"module 'mergekernels.ops' has no attribute '{name}'")
     import importlib
 
-    return getattr(importlib.import_module(f".spectral.{_SPECTRAL[name]}", __name__), name)
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

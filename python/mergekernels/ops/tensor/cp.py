@@ -1,0 +1,302 @@
+"""`cp_als`: canonical polyadic factorisation of stacks of low-rank updates that are never formed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...errors import ArgumentError, DataError
+from ..arguments import check_integer
+from ..spectral.batching import in_threads
+from ._als import Options, Outcome, run
+from ._starts import gevd, hosvd, random_start
+from ._sweeps import Batch
+from .stack import Core, cores_of, expand, is_module, stacks_of
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["CP", "cp_als", "signed", "signs"]
+
+_log = logging.getLogger("mergekernels")
+_CHUNK = 256 << 20
+"""Bytes of cores and states in one batch."""
+
+
+@dataclass(frozen=True)
+class CP:
+    """X[t] ~ sum_k C[t, k] u_k v_k^T. Unpacks as (weights, factors).
+
+    weights : (c,), all one; the scale is in C. factors : [C (T, c), U (m, c), V (n, c)] in the stack's dtype, columns
+    of U and V of norm 1, components by falling sum_t C^2, the largest entry of each u and v positive; U (V) in row
+    shards where B (A) came in shards. fit : 1 - err / ||X||, 1 for a zero stack. history : err / ||X|| after every
+    sweep of the best start, of the tensor that is fitted (weights and `normalize` applied).
+    diagnostics : rank, ranks of the core, compressed, sweeps, converged, last_change, start, starts (final err / ||X||
+    of each), spread of these, task_errors (err_t / ||D_t||, unweighted), theta and growth (degeneracy), ridge,
+    orthogonal, longer_steps, warnings.
+    """
+
+    weights: torch.Tensor
+    factors: list[Any]
+    fit: float
+    history: tuple[float, ...]
+    diagnostics: Mapping[str, Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self.weights
+        yield self.factors
+
+
+def cp_als(
+    stack: Any,
+    rank: int,
+    *,
+    weights: Sequence[float] | None = None,
+    init: Any = "auto",
+    n_starts: int = 4,
+    max_iter: int = 100,
+    tol: float = 1e-7,
+    ridge: float = 0.0,
+    prox: float = 1e-6,
+    normalize: str | None = None,
+    seed: int = 0,
+    strict: bool = False,
+) -> Any:
+    """Fit the T updates B_t A_t of a module by `rank` shared rank-1 terms with a weight per task.
+
+    min over C, U, V of sum_t w_t ||B_t A_t - sum_k C[t, k] u_k v_k^T||_F^2 by alternating least squares in float64, on
+    cores of the stacked factors; all modules of equal core shape and all their starts in one batch.
+
+    stack : a list of (B, A) pairs (or Factors), B (m, r_t) and A (r_t, n), the scale inside B, ranks free; or a list of
+        such lists, one per module. B may be row shards, A column shards (`ops.Sharded`).
+    rank : terms c, 1 or more; above the sum of the ranks it is reduced, and a warning says so.
+    weights : positive number per task; None for 1. normalize : "fro" divides each slice by its norm for the fit.
+    init : "auto" (hosvd, gevd, random; after 10 sweeps the two best go on), "hosvd", "gevd", "random", or explicit
+        (weights, [C, U, V]), for several modules a list of these: then there is one start and no line search.
+    n_starts : 1 or more. max_iter : sweeps, 1 or more. tol : stop where err / ||X|| changes by less, from sweep 2.
+    ridge : relative ridge, shifts the solution. prox : relative proximal weight, does not. seed : of random starts.
+    strict : what would be a warning (no convergence, degenerate terms, rank above what is there) is an error.
+
+    Returns CP, or a list of them. Errors: ArgumentError; DataError for NaN or Inf, or with `strict`.
+    Source: Carroll and Chang 1970, Harshman 1970; compression after Carroll, Pruzansky, Kruskal 1980 (CANDELINC).
+    """
+    single = is_module(stack)
+    stacks = stacks_of(stack)
+    rank = check_integer(rank, 1, 1 << 31, "rank")
+    n_starts = check_integer(n_starts, 1, 1 << 16, "n_starts")
+    max_iter = check_integer(max_iter, 1, 1 << 31, "max_iter")
+    for name, value in (("tol", tol), ("ridge", ridge), ("prox", prox)):
+        if not isinstance(value, (int, float)) or not 0.0 <= value < float("inf"):
+            raise ArgumentError(f"{name} is not usable", code=f"cp.{name}", expected="0 or more", got=repr(value))
+    if normalize not in (None, "fro"):
+        raise ArgumentError("normalize is not usable", code="cp.normalize", expected="None, fro", got=repr(normalize))
+    explicit = None if isinstance(init, str) else ([init] if single else list(init))
+    if explicit is None and init not in ("auto", "hosvd", "gevd", "random"):
+        raise ArgumentError(
+            "init is not usable", code="cp.init", expected="auto, hosvd, gevd, random or (weights, factors)", got=init
+        )
+    if explicit is not None and len(explicit) != len(stacks):
+        raise ArgumentError("init does not fit", code="cp.init", expected=f"{len(stacks)}", got=str(len(explicit)))
+    cores = cores_of(stacks)
+    scales = [_scales(core, weights, normalize, f"stack[{i}]") for i, core in enumerate(cores)]
+    options = Options(max_iter, float(tol), float(ridge), float(prox), explicit is None)
+    results: list[CP | None] = [None] * len(cores)
+
+    def fit(chunk: list[int]) -> list[tuple[Outcome, int]]:
+        parts = [cores[i] for i in chunk], [scales[i] for i in chunk]
+        return _fit(*parts, chunk, rank, n_starts, init, explicit, options, seed)
+
+    chunks = list(_chunks(cores, rank, n_starts))
+    for chunk, outcomes in zip(chunks, in_threads(chunks, fit), strict=True):
+        for i, (outcome, used) in zip(chunk, outcomes, strict=True):
+            results[i] = _result(cores[i], scales[i], outcome, rank, used, options)
+    found = [r for r in results if r is not None]
+    for i, result in enumerate(found):
+        for warning in result.diagnostics["warnings"]:
+            text = warning if single else f"stack[{i}]: {warning}"
+            if strict:
+                raise DataError(text, code="cp.strict", hint="strict=False returns the result with a warning.")
+            _log.warning("cp_als: %s", text)
+    return found[0] if single else found
+
+
+def _scales(core: Core, weights: Sequence[float] | None, normalize: str | None, what: str) -> torch.Tensor:
+    """What each slice is multiplied with before the fit, (T), float64."""
+    import torch
+
+    count = len(core.ranks)
+    if weights is not None and (len(weights) != count or not all(0.0 < float(w) < float("inf") for w in weights)):
+        raise ArgumentError(
+            "weights are not usable", code="cp.weights", tensor=what, expected=f"{count} positive numbers",
+            got=repr(list(weights)),
+        )  # fmt: skip
+    scale = torch.ones(count, dtype=torch.float64) if weights is None else torch.tensor(weights).double().sqrt()
+    scale = scale.to(core.norm2.device)
+    if normalize == "fro":
+        norms = core.norm2.sqrt()
+        scale = scale / torch.where(norms > 0, norms, torch.ones_like(norms))
+    return scale
+
+
+def _chunks(cores: list[Core], rank: int, starts: int) -> Iterator[list[int]]:
+    """Positions of cores of one shape, as many as a batch may hold."""
+    import torch
+
+    groups: dict[Any, list[int]] = {}
+    for i, core in enumerate(cores):
+        groups.setdefault((core.b.shape, core.a.shape, core.ranks, str(core.b.device)), []).append(i)
+    for (b, a, ranks, _), members in groups.items():
+        size = 8 * (b[0] + a[0]) * (b[1] + 6 * rank * starts) + 8 * 6 * sum(ranks) * rank * starts
+        step = max(1, min(_CHUNK // max(1, size), -(-len(members) // torch.get_num_threads())))
+        for k in range(0, len(members), step):
+            yield members[k : k + step]
+
+
+def _fit(
+    cores: list[Core], scales: list[torch.Tensor], modules: list[int], rank: int, n_starts: int, init: Any,
+    explicit: list[Any] | None, options: Options, seed: int,
+) -> list[tuple[Outcome, int]]:  # fmt: skip
+    """The outcome of each core and the rank that was used."""
+    import torch
+
+    tasks = cores[0].tasks
+    owner = tasks.argmax(0) if tasks.shape[1] else torch.zeros(0, dtype=torch.int64)
+    b = torch.stack([core.b * scale[owner] for core, scale in zip(cores, scales, strict=True)])
+    a = torch.stack([core.a for core in cores])
+    norm2 = torch.stack([(core.norm2 * s * s).sum() for core, s in zip(cores, scales, strict=True)])
+    batch = Batch(b, a, tasks, norm2)
+    used = max(1, min(rank, sum(cores[0].ranks)))
+    if tasks.shape[1] == 0 or not bool((norm2 > 0).any()):
+        return [(_zero(batch, used), used) for _ in cores]
+    if explicit is not None:
+        given = [
+            _given(explicit[i], core, s, f"init of stack[{i}]")
+            for i, core, s in zip(modules, cores, scales, strict=True)
+        ]
+        c, u, v = (torch.stack([g[k] for g in given])[:, None] for k in range(3))
+        used = int(u.shape[-1])
+    else:
+        makers = {"hosvd": [hosvd], "gevd": [gevd], "random": [], "auto": [hosvd, gevd]}[init]
+        makers = (makers + [random_start] * n_starts)[:n_starts]
+        pairs = [make(batch, used, seed, modules, k) for k, make in enumerate(makers)]
+        u, v = (torch.stack([pair[k] for pair in pairs], 1) for k in range(2))
+        c = torch.zeros((len(cores), len(makers), len(cores[0].ranks), used), dtype=b.dtype, device=b.device)
+    return [(outcome, used) for outcome in run(batch, c, u, v, options)]
+
+
+def _given(init: Any, core: Core, scale: torch.Tensor, what: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Explicit factors in the coordinates of the core."""
+    import torch
+
+    from ..spectral.sharded import Sharded
+
+    weight, factors = init
+    wide = [(x.dense() if isinstance(x, Sharded) else torch.as_tensor(x)).to(core.b.device, torch.float64)
+            for x in factors]  # fmt: skip
+    sizes = (len(core.ranks), *((basis.shape[0] if basis is not None else x.shape[0])
+             for basis, x in ((core.qb, core.b), (core.qa, core.a))))  # fmt: skip
+    if len(wide) != 3 or any(x.ndim != 2 or x.shape != (n, wide[0].shape[1]) for x, n in zip(wide, sizes, strict=True)):
+        raise ArgumentError(
+            "explicit factors do not fit the stack", code="cp.init", tensor=what,
+            expected=f"[C, U, V] with {sizes[0]}, {sizes[1]}, {sizes[2]} rows and equal columns",
+            got=", ".join(str(tuple(x.shape)) for x in wide),
+        )  # fmt: skip
+    c, u, v = wide
+    if weight is not None:
+        c = c * torch.as_tensor(weight).to(c)
+
+    def inside(basis: Any, x: torch.Tensor) -> torch.Tensor:
+        if basis is None:
+            return x
+        whole = basis.dense() if isinstance(basis, Sharded) else basis
+        return whole.to(torch.float64).mT @ x
+
+    return c * scale[:, None], inside(core.qb, u), inside(core.qa, v)
+
+
+def _zero(batch: Batch, rank: int) -> Outcome:
+    zeros = batch.b.new_zeros
+    return Outcome(
+        zeros((batch.tasks.shape[0], rank)), zeros((batch.b.shape[1], rank)), zeros((batch.a.shape[1], rank)),
+        [0.0], 0, True, 0, (0.0,), 0.0, 0.0, 0.0, False,
+    )  # fmt: skip
+
+
+def _result(core: Core, scale: torch.Tensor, o: Outcome, asked: int, used: int, options: Options) -> CP:
+    """The outcome in canonical form and in the stack's own coordinates."""
+    import torch
+
+    c = o.c / scale[:, None]
+    order = (c * c).sum(0).argsort(descending=True, stable=True)
+    c, u, v = c[:, order], o.u[:, order], o.v[:, order]
+    errors = _task_errors(core, c, u, v)
+    full = [expand(core.qb, u, core.dtype), expand(core.qa, v, core.dtype)]
+    turns = [signs(x) for x in full]
+    full = [signed(x, turn) for x, turn in zip(full, turns, strict=True)]
+    c = c * turns[0] * turns[1]
+    last = abs(o.history[-2] - o.history[-1]) if len(o.history) > 1 else 0.0
+    warnings = list(o.notes)
+    if asked > used:
+        warnings.append(f"rank {asked} is more than the {used} that the stack holds: {used} are used, an exact model")
+    if not o.converged:
+        warnings.append(
+            f"no convergence in {options.max_iter} sweeps: err / ||X|| is {o.history[-1]:.6g} and changed by {last:.2g}"
+            f" in the last, tol is {options.tol:g}"
+        )
+    if o.theta < -0.95 and o.growth > 5.0:
+        warnings.append(
+            f"degenerate: two terms nearly cancel (cosine {o.theta:.3f}) and the terms are {o.growth:.1f} times as "
+            "large as the stack; a smaller rank, or ridge, helps"
+        )
+    finals = [x for x in o.finals if x == x]
+    diagnostics = {
+        "rank": used,
+        "core": (int(core.b.shape[0]), int(core.a.shape[0])),
+        "compressed": (core.qb is not None, core.qa is not None),
+        "sweeps": o.sweeps,
+        "converged": o.converged,
+        "last_change": last,
+        "start": o.start,
+        "starts": o.finals,
+        "spread": max(finals) - min(finals) if finals else 0.0,
+        "task_errors": errors,
+        "theta": o.theta,
+        "growth": o.growth,
+        "ridge": o.ridge,
+        "orthogonal": o.orthogonal,
+        "longer_steps": o.longer_steps,
+        "warnings": tuple(warnings),
+    }
+    factors = [c.to(core.dtype), *full]
+    return CP(torch.ones(used, dtype=core.dtype), factors, 1.0 - o.history[-1], tuple(o.history), diagnostics)
+
+
+def _task_errors(core: Core, c: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> tuple[float, ...]:
+    """err_t / ||D_t|| of every task, 0 for a zero task that is fitted by zero."""
+    products = core.tasks @ ((core.b.mT @ u) * (core.a.mT @ v))
+    grams = (u.mT @ u) * (v.mT @ v)
+    errors = core.norm2 + ((c @ grams) * c).sum(1) - 2.0 * (products * c).sum(1)
+    found = []
+    for error, norm2 in zip(errors.clamp_min(0.0).tolist(), core.norm2.tolist(), strict=True):
+        found.append((error / norm2) ** 0.5 if norm2 > 0 else 0.0 if error == 0.0 else float("inf"))
+    return tuple(found)
+
+
+def signs(x: Any) -> torch.Tensor:
+    """-1 for each column whose entry of largest magnitude is negative, else 1; float64."""
+    import torch
+
+    whole = x.dense() if hasattr(x, "parts") else x
+    rows = whole.abs().argmax(0)
+    return torch.where(whole.gather(0, rows[None])[0] < 0, -1.0, 1.0).to(torch.float64)
+
+
+def signed(x: Any, sign: torch.Tensor) -> Any:
+    """Each column times its sign; shards stay shards."""
+    from ..spectral.sharded import Sharded
+
+    if isinstance(x, Sharded):
+        return Sharded([p * sign.to(p) for p in x.parts], x.dim)
+    return x * sign.to(x)

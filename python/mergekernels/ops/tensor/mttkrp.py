@@ -1,0 +1,89 @@
+"""`mttkrp`: the products of a stack in factored form with two of three factor matrices."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ...errors import ArgumentError
+from ..spectral.sharded import Sharded
+from .stack import Stack, is_module, stacks_of
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["mttkrp"]
+
+
+def mttkrp(stack: Any, factors: Any, mode: int) -> Any:
+    """The matricised tensor of a stack X[t] = B_t A_t times the Khatri-Rao product of two factors, without forming X.
+
+    With P = A V, S = B^T U over the stacked columns i, own(i) the task of column i and C~[i] = C[own(i)]:
+    mode 0: M[t] = sum of P_i S_i over own(i) = t, (T, c). mode 1: M = B (P C~), (m, c). mode 2: M = A^T (S C~), (n, c).
+    4 R c (m or n) flops for each product with B or A, where R is the sum of the ranks.
+
+    stack : a list of (B, A) pairs, B (m, r_t) and A (r_t, n), or a list of such lists. factors : [C (T, c), U (m, c),
+    V (n, c)] for each module; the one of `mode` is not read and may be None.
+    Returns M in float64, for a list of modules a list. B in row shards (A in column shards) take U (V) in the same
+    shards or whole and return M of mode 1 (mode 2) whole; only P and S, (R, c), cross the cut.
+    Errors: ArgumentError, DataError for NaN or Inf.
+    """
+    if mode not in (0, 1, 2):
+        raise ArgumentError("mode is not usable", code="mttkrp.mode", expected="0, 1 or 2", got=repr(mode))
+    if is_module(stack):
+        return _one(stacks_of(stack)[0], factors, mode)
+    stacks = stacks_of(stack)
+    if len(factors) != len(stacks):
+        raise ArgumentError(
+            "factors do not fit the stacks", code="mttkrp.factors", expected=f"{len(stacks)} lists of three",
+            got=str(len(factors)),
+        )  # fmt: skip
+    return [_one(s, f, mode) for s, f in zip(stacks, factors, strict=True)]
+
+
+def _one(stack: Stack, factors: Any, mode: int) -> torch.Tensor:
+    import torch
+
+    c, u, v = factors
+    (m, n), tasks = stack.shape, len(stack.ranks)
+    sizes = ((c, tasks, "C"), (u, m, "U"), (v, n, "V"))
+    wide: list[Any] = []
+    for k, (x, size, name) in enumerate(sizes):
+        if k == mode:
+            wide.append(None)
+            continue
+        x = x.dense() if isinstance(x, Sharded) else x
+        if not isinstance(x, torch.Tensor) or x.ndim != 2 or x.shape[0] != size:
+            raise ArgumentError(
+                f"factor {name} does not fit the stack", code="mttkrp.factors", expected=f"a matrix of {size} rows",
+                got=str(tuple(x.shape)) if isinstance(x, torch.Tensor) else type(x).__name__,
+            )  # fmt: skip
+        wide.append(x.to(stack.b.device, torch.float64))
+    owner = torch.repeat_interleave(torch.arange(tasks), torch.tensor(stack.ranks)).to(stack.b.device)
+    if mode == 1:
+        return _times(stack.b, _inner(stack.at, wide[2]) * wide[0][owner])
+    if mode == 2:
+        return _times(stack.at, _inner(stack.b, wide[1]) * wide[0][owner])
+    products = _inner(stack.at, wide[2]) * _inner(stack.b, wide[1])
+    indicator = (torch.arange(tasks, device=owner.device)[:, None] == owner).to(torch.float64)
+    return indicator @ products
+
+
+def _inner(x: Any, factor: torch.Tensor) -> torch.Tensor:
+    """x^T factor, shard after shard."""
+    import torch
+
+    if not isinstance(x, Sharded):
+        product: torch.Tensor = x.to(torch.float64).mT @ factor
+        return product
+    pieces = factor.split(x.sizes, 0)  # type: ignore[no-untyped-call]
+    total = torch.zeros((x.shape[1], factor.shape[1]), dtype=torch.float64, device=factor.device)
+    for part, piece in zip(x.parts, pieces, strict=True):
+        total += (part.to(torch.float64).mT @ piece.to(part.device)).to(total.device)
+    return total
+
+
+def _times(x: Any, small: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    parts = x.parts if isinstance(x, Sharded) else [x]
+    return torch.cat([(p.to(torch.float64) @ small.to(p.device)).to(small.device) for p in parts])
