@@ -188,7 +188,11 @@ def test_folders_without_an_adapter(tmp_path: Path) -> None:
         peft_folder(tmp_path / "both" / name, TENSORS)
     with pytest.raises(InputError, match="sub-folders: one, two"):
         read_adapter(tmp_path / "both")
-    assert list(read_adapter(tmp_path / "both", name="two").modules) == [PATH]
+    second = read_adapter(tmp_path / "both", name="two")
+    assert list(second.modules) == [PATH] and second.path == second.label == str(tmp_path / "both" / "two")
+    for path, name in ((tmp_path / "both", "three"), (tmp_path / "both" / "one", "one")):
+        with pytest.raises(InputError, match=r"sub-folders: one, two|no adapter 'one'; expected no name"):
+            read_adapter(path, name=name)
 
 
 def test_configs_that_are_not_json(tmp_path: Path) -> None:

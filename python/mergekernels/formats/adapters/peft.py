@@ -45,9 +45,9 @@ def build_peft(
     InputError, PlanError : a refused field, a factor without its partner, shapes that do not fit, unexpected tensors.
     """
     where = source.path or source.label
-    refuse(config, where)
+    refuse(config, source.label)
     keys = _of_adapter({t: parse_key(t) for t in tensors}, name, where)
-    scaling = scaling_of(config, where, alpha_needed=alpha_needed)
+    scaling = scaling_of(config, source.label, alpha_needed=alpha_needed)
     pairs, problems = _pairs(keys, tensors, where)
     raise_all(problems)
     if not pairs:
@@ -64,7 +64,7 @@ def build_peft(
     pairs = {m: p for m, p in pairs.items() if m not in tied}
     extras, problems = extras_of(keys, tensors, config, pairs, moved, where)
     raise_all(problems)
-    flags = Orientation(config, metadata or {}, where)
+    flags = Orientation(config, metadata or {}, source.label)
     modules: dict[str, Module] = {}
     for stored_as in sorted(pairs):
         module = moved(stored_as)
@@ -109,8 +109,9 @@ def build_peft(
 def _of_adapter(keys: Mapping[str, Key], name: str, where: str) -> dict[str, Key]:
     """The keys of one adapter: those with its name, and those without any."""
     names = sorted({k.adapter for k in keys.values() if k.adapter})
-    if name and names and name not in names:
-        raise InputError(f"no adapter '{name}'", code="adapter.name", file=where, expected=f"one of {names}", got=name)
+    if name and name not in names:
+        expected = f"one of {names}" if names else "no name: its tensors carry none"
+        raise InputError(f"no adapter '{name}'", code="adapter.name", file=where, expected=expected, got=name)
     if not name and len(names) > 1:
         raise InputError(
             f"several adapters: {', '.join(names)}",

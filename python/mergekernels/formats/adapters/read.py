@@ -67,7 +67,10 @@ def read_adapter(
             "an adapter is a path or a mapping of tensors", code="adapter.type", got=type(adapter).__name__
         )
     path = os.fspath(adapter)
-    file, folder = _find(Path(adapter), name)
+    if name and os.path.exists(os.path.join(path, name, CONFIG)):
+        # A sub-folder of that name is the adapter; its tensors carry no name.
+        path, name = os.path.join(path, name), ""
+    file, folder = _find(Path(path))
     source, tensors, metadata = of_file(str(file), label or path)
     beside = read_config(folder / CONFIG) if (folder / CONFIG).exists() else {}
     if detect(tensors, {**beside, **given}, metadata, file.name) == "named":
@@ -76,7 +79,7 @@ def read_adapter(
     return build_peft(tensors, fields, source, shapes=shapes, name=name, metadata=metadata, path=path)
 
 
-def _find(path: Path, name: str) -> tuple[Path, Path]:
+def _find(path: Path) -> tuple[Path, Path]:
     """(weights file, folder of its config)."""
     if not path.exists() and looks_like_hub(str(path)):
         path = snapshot(str(path))
@@ -86,8 +89,6 @@ def _find(path: Path, name: str) -> tuple[Path, Path]:
         return path, path.parent
     if not path.is_dir():
         raise InputError("no such adapter folder or file", code="adapter.missing", file=str(path))
-    if name and (path / name / CONFIG).exists():
-        path = path / name
     if (path / _WEIGHTS).exists():
         return path / _WEIGHTS, path
     files = sorted(p for p in path.iterdir() if p.suffix == ".safetensors")
