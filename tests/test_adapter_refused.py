@@ -141,6 +141,14 @@ FULL = "base_model.model.model.q_proj.weight"
             },
             "target_parameters",
         ),
+        (
+            {
+                "base_model.model.attn.base_layer.out_proj.lora_A.weight": draw(2, 6),
+                "base_model.model.attn.base_layer.out_proj.lora_B.weight": draw(8, 2),
+            },
+            "MultiheadAttention",
+        ),
+        ({A: draw(2, 4, 3, 3), B: draw(8, 1, 1, 1)}, "A convolution with groups cannot be merged"),
         ({A: None, B: None}, "no LoRA factors found.*got an empty file"),
         ({A: None, B: None, FULL: draw(8, 6)}, "no LoRA factors found.*got 'base_model.model.model.q_proj.weight'"),
     ],

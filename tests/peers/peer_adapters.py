@@ -51,6 +51,8 @@ class Net(nn.Module):
         self.conv1 = nn.Conv1d(4, 6, 3)
         self.score = nn.Linear(6, 3)
         self.experts = Experts()
+        self.attention = nn.MultiheadAttention(6, 2)
+        self.grouped = nn.Conv2d(4, 8, 3, groups=2)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Enough for methods that look at inputs."""
@@ -97,6 +99,8 @@ REFUSED = {
     "olora": _lora(target_modules=LINEAR, init_lora_weights="olora"),
     "tokens": _lora(target_modules=LINEAR, trainable_token_indices={"embed_tokens": [1, 2]}),
     "parameters": _lora(target_modules=[], target_parameters=["experts.gate"]),
+    "attention": _lora(target_modules=["attention"]),
+    "grouped": _lora(target_modules=["grouped"]),
     "adalora": lambda: AdaLoraConfig(target_modules=LINEAR, total_step=10, init_r=4, target_r=2),
     "ia3": lambda: IA3Config(target_modules=LINEAR, feedforward_modules=[]),
     "loha": lambda: LoHaConfig(target_modules=LINEAR, r=2),

@@ -36,6 +36,8 @@ REFUSED = {
     "olora": "init_lora_weights = 'olora'",
     "tokens": "trainable_token_indices = ",
     "parameters": "target_parameters = ",
+    "attention": "MultiheadAttention) are refused",
+    "grouped": "A convolution with groups cannot be merged",
     "adalora": "peft_type = 'ADALORA'",
     "ia3": "peft_type = 'IA3'",
     "loha": "peft_type = 'LOHA'",

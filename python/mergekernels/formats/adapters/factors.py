@@ -56,7 +56,8 @@ def check_pair(module: str, pair: Pair, kind: str, where: str) -> None:
     rank = a.shape[0]
     if b.shape[1] != rank or len(a.shape) != len(b.shape) or any(n != 1 for n in b.shape[2:]):
         expected = f"B of shape [out, {rank}{', 1' * (len(a.shape) - 2)}] beside A {list(a.shape)}"
-        raise _bad("the ranks of A and B differ:", module, b, where, expected, f"B {list(b.shape)}")
+        hint = "A convolution with groups cannot be merged" if len(a.shape) > 2 else None
+        raise _bad("the ranks of A and B differ:", module, b, where, expected, f"B {list(b.shape)}", hint)
 
 
 _GATHER = "A sharded run that was saved without gathering leaves such tensors"

@@ -151,8 +151,8 @@ def _pairs(
         elif module in pairs:
             message = f"module '{module}' has factors of a linear layer and of an embedding"
             problems.append(InputError(message, code="adapter.doubled", file=where))
-        elif module == "base_layer" or module.endswith(".base_layer"):
-            message = "factors below another adapted layer (target_parameters) are refused"
+        elif "base_layer" in module.split("."):
+            message = "factors below another adapted layer (target_parameters, MultiheadAttention) are refused"
             problems.append(InputError(message, code="adapter.refused", file=where, tensor=both["A"].name))
         else:
             pairs[module] = embedding, Pair(both["B"], both["A"])
