@@ -75,16 +75,27 @@ def on_factors(
 
 
 def on_deltas(
-    group: Sequence[Adapter], module: str, weights: Sequence[float], prune: Prune, vote: str, rank: int
+    group: Sequence[Adapter],
+    module: str,
+    weights: Sequence[float],
+    prune: Prune,
+    vote: str,
+    rank: int,
+    *,
+    rounded: bool = True,
 ) -> torch.Tensor:
-    """The delta of the types that end in _svd, and of svd itself with a prune that keeps everything."""
+    """The delta of the types that end in _svd, and of svd itself with a prune that keeps everything.
+
+    rounded : each adapter's delta to float32 first.
+    """
     values, used = [], []
     for t, adapter in enumerate(group):
         if module not in adapter.modules:
             continue
         entry = adapter.modules[module]
         b, a = entry.load()
-        delta = (entry.scale * (b.double() @ a.double())).float().double()
+        delta = entry.scale * (b.double() @ a.double())
+        delta = delta.float().double() if rounded else delta
         values.append(prune(t, f"{module}.weight", delta))
         used.append(weights[t])
     return best(combine(values, used, vote), rank)

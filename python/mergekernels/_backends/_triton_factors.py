@@ -17,8 +17,14 @@ __all__ = ["factor_tiles", "serves"]
 
 
 def serves(b: torch.Tensor, ranks: Sequence[int]) -> bool:
-    """Whether tiles of factors with these ranks come from the kernel: on a GPU, up to rank 64."""
-    if not b.is_cuda or importlib.util.find_spec("triton") is None or no_gpu() is not None or interpreted():
+    """Whether tiles of factors with these ranks come from the kernel: on a GPU, float32, up to rank 64."""
+    if (
+        not b.is_cuda
+        or str(b.dtype) != "torch.float32"
+        or importlib.util.find_spec("triton") is None
+        or no_gpu() is not None
+        or interpreted()
+    ):
         return False
     return max(ranks, default=0) <= int(kernels("factors").LONGEST)
 

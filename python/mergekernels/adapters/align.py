@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..errors import ArgumentError, InputError, MergeError, PlanError, nearest
@@ -24,7 +25,7 @@ class Place:
     site: Site
     entries: tuple[Module | None, ...]
 
-    @property
+    @cached_property
     def ranks(self) -> tuple[int, ...]:
         """Of the adapters that have the module."""
         return tuple(e.rank for e in self.entries if e is not None)

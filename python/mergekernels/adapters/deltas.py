@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Deltas", "chunks", "ranks_of"]
 
-_KEEP_BYTES = 256 << 20
+_KEEP_BYTES = 64 << 20
 """Factors of one module up to this size stay loaded; of more, each is loaded anew whenever it is asked for."""
 
 

@@ -23,13 +23,15 @@ class InputReport:
 class ModuleReport:
     """One module of the result.
 
-    shape : (m, n) of the matrix. ranks : of the adapters that have it. adapters : how many have it. rank : of the
-    result. kept_energy : share of the sum of squares of the merged delta that the rank keeps, 1 where nothing was cut.
-    route : how the result was formed. details : what the method says (name -> number or word). warnings : sentences.
+    shape : (m, n) of the matrix. ranks, scales (alpha / r) : of the adapters that have it. adapters : how many do.
+    rank : of the result. kept_energy : share of the merged delta's sum of squares that the rank keeps, 1 where nothing
+    was cut. route : how the result was formed. details : what the method says (name -> number or word). warnings :
+    sentences.
     """
 
     shape: tuple[int, int]
     ranks: tuple[int, ...]
+    scales: tuple[float, ...]
     adapters: int
     rank: int
     kept_energy: float

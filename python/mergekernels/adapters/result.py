@@ -70,6 +70,7 @@ def _finished(place: Place, merged: Merged, cut: Cut, stored: DType) -> tuple[Fa
     report = ModuleReport(
         shape=place.site.shape,
         ranks=place.ranks,
+        scales=tuple(e.scale for e in place.entries if e is not None),
         adapters=len(place.ranks),
         rank=int(b.shape[1]),
         kept_energy=cut.kept_energy,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .._native import view_of
-from ..tensors import F32, Piece, TensorView, tensor_id
+from ..tensors import F32, F64, Piece, TensorView, tensor_id
 from .inputs import Inputs
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class ProductInputs(Inputs):
         assert self.tiles is not None
         count = size[0] * size[1]
         if model not in self.memory or self.memory[model].numel() < count:
-            self.memory[model] = torch.empty(count, dtype=torch.float32, device=self.tiles.device)
+            self.memory[model] = torch.empty(count, dtype=self.tiles.dtype, device=self.tiles.device)
         return self.memory[model][:count].view(size)
 
     @property
@@ -57,7 +57,7 @@ class ProductInputs(Inputs):
         import torch
 
         assert self.tiles is not None
-        return [view_of(torch.empty((1, 1), dtype=torch.float32, device=self.tiles.device))]
+        return [view_of(torch.empty((1, 1), dtype=self.tiles.dtype, device=self.tiles.device))]
 
     def box(self, shard: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """(rows, columns) of a piece."""
@@ -77,6 +77,8 @@ def product_inputs(factors: Sequence[Factors], name: str, labels: Sequence[str] 
     Every pass forms the tiles anew, with the same bits; at any time the tiles of one box are in memory, at most 16 MiB
     (or 512 x 512 elements of every model).
     """
+    import torch
+
     from .spectral.tiles import FactorTiles
 
     tiles = FactorTiles(factors)
@@ -88,7 +90,7 @@ def product_inputs(factors: Sequence[Factors], name: str, labels: Sequence[str] 
         m * n,
         len(factors),
         False,
-        F32,
+        F64 if tiles.dtype == torch.float64 else F32,
         True,
         tuple(_boxes(m, n, len(factors))),
         (),

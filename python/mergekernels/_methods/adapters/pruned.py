@@ -110,12 +110,10 @@ class _Pruned(PerModule):
         )
 
     def _products(self, spec: MatrixSpec, factors: Sequence[Factors], rule: Rule) -> Merged:
-        import torch
-
         from ...ops.products import product_inputs
 
         inputs = product_inputs(factors, spec.name)
-        out = torch.empty(spec.shape, dtype=torch.float32, device=factors[0].b.device)
+        out = factors[0].b.new_empty(spec.shape)
         combine(inputs, inputs.boxes_of(out), rule, spec.params["weight"])
         return Merged(out, {"route": "tiles of the products"}, finish=clamping(spec.params))
 

@@ -22,14 +22,15 @@ BLOCK = 512  # products are always formed in the same blocks, so that a tile's b
 class FactorTiles:
     """Any box of sum_t w_t b_t a_t, or of one w_t b_t a_t, without the whole matrix.
 
-    factors : products of one shape (m, n), one device, float32. weights : one number each, default 1.
+    factors : products of one shape (m, n), one device. weights : one number each, default 1. Tiles are float64 if any
+    factor is, else float32.
     The same element has the same bits in every box that holds it. On a GPU products up to rank 64 are formed by a
     Triton kernel, all of a box in one launch, with every product and sum rounded in the order of the ranks.
     """
 
     def __init__(self, factors: Sequence[Factors], weights: Sequence[float] | None = None) -> None:
         total = stack(factors, weights)
-        self._sum = Factors(total.b.float(), total.a.float())
+        self._sum = total
         self.shape = total.shape
         ends = [0]
         for f in factors:
@@ -47,6 +48,11 @@ class FactorTiles:
         """Where the factors and the tiles are."""
         return self._sum.b.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tiles."""
+        return self._sum.b.dtype
+
     def __len__(self) -> int:
         return len(self._each)
 
@@ -57,7 +63,7 @@ class FactorTiles:
         model: int | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The box rows[0]:rows[1], cols[0]:cols[1] of the sum, or of product number `model`; float32.
+        """The box rows[0]:rows[1], cols[0]:cols[1] of the sum, or of product number `model`.
 
         out : where to write it, a tensor of the box's shape; fresh memory costs more than the product.
         """
