@@ -24,3 +24,18 @@ def signs(rows: int, cols: int, seed: int, draw: int, like: torch.Tensor) -> tor
     words = philox(seed, draw, PURPOSE, torch.arange(-(-count // 32)))
     bits = (words[:, None] >> torch.arange(32)) & 1
     return (1 - 2 * bits.flatten()[:count]).view(rows, cols).to(device=like.device, dtype=like.dtype)
+
+
+def normal(rows: int, cols: int, seed: int, draw: int, like: torch.Tensor) -> torch.Tensor:
+    """A (rows, cols) block of standard normal numbers, computed in float64 from two Philox words each (Box-Muller)."""
+    import math
+
+    import torch
+
+    from ..._backends.reference.common import philox
+
+    count = rows * cols
+    words = philox(seed, draw, PURPOSE + 1, torch.arange(2 * count)).to(torch.float64).view(count, 2)
+    radius = (-2.0 * ((words[:, 0] + 0.5) * 2.0**-32).log()).sqrt()
+    numbers = radius * (words[:, 1] * (2.0 * math.pi * 2.0**-32)).cos()
+    return numbers.view(rows, cols).to(device=like.device, dtype=like.dtype)
