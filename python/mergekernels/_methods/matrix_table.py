@@ -12,9 +12,12 @@ from .adapters.cat import Cat, Svd
 from .adapters.core_space import CoreSpace
 from .adapters.from_norm import FromNorm
 from .adapters.linear import Linear
+from .adapters.lora_lego import LoraLego
 from .adapters.lori import Lori
 from .adapters.pruned import PRUNED
 from .adapters.robust_merge import RobustMerge
+from .adapters.shared_frame import CompressThenMerge, TuckerMerge
+from .adapters.tc_lora import TcLora
 from .matrix import MatrixMethod
 from .spectral.iso import IsoC, IsoCts
 from .spectral.knots import Knots
@@ -39,6 +42,10 @@ _ALL: tuple[MatrixMethod, ...] = (
     Lori(),
     FromNorm(),
     Lore(),
+    TcLora(),
+    CompressThenMerge(),
+    TuckerMerge(),
+    LoraLego(),
     TsvM(),
     IsoC(),
     IsoCts(),

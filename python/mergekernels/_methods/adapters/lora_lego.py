@@ -1,0 +1,155 @@
+"""lora_lego: the rank-1 units of all adapters, clustered; the centroids make the merged adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..factor_space import all_factors
+from ..matrix import MatrixSpec, Merged
+from ..protocol import MethodInfo, Param
+from .common import FOLD_SCALE, LAMBDA, MANY, PerModule
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...adapters.model import Delta
+
+__all__ = ["LoraLego"]
+
+
+class LoraLego(PerModule):
+    """Delta = c sum of b_k a_k over the centroids (a_k, b_k) of k clusters of units."""
+
+    info = MethodInfo(
+        name="lora_lego",
+        purpose="Pool the rank-1 units of all adapters, cluster equal and similar ones, and build an adapter of chosen "
+        "rank from the centroids.",
+        formula="unit zi = [ai ; bi], row i of the stacked At and column i of [B1 .. BT]; k-means with k clusters; "
+        "centroid mu = mean of its units, times mean(norm_inf of its units) / norm_inf(mu); "
+        "Delta = c sum over centroids of mu_b mu_a^T, c = sqrt(r / k), r the mean rank",
+        params=(
+            LAMBDA,
+            Param(
+                "k",
+                "int",
+                "clusters, the rank of the result; the mean rank of the adapters",
+                default=None,
+                low=1,
+                high=65536,
+            ),
+            Param(
+                "output",
+                "str",
+                "factor of the merged update: sqrt_r_k is sqrt(r / k), sqrt_R_k the root of the sum of all ranks over "
+                "k, none is 1",
+                default="sqrt_r_k",
+                choices=("sqrt_r_k", "sqrt_R_k", "none"),
+            ),
+            Param(
+                "reweight",
+                "bool",
+                "bring each centroid to the mean largest entry of its units (parameter reweighting)",
+                default=True,
+            ),
+            Param(
+                "features",
+                "str",
+                "what is compared: units whose halves have equal norm (balanced), as they are (raw), or both halves "
+                "of norm 1 (unit)",
+                default="balanced",
+                choices=("balanced", "raw", "unit"),
+            ),
+            Param(
+                "sign",
+                "str",
+                "(a, b) and (-a, -b) are one unit: canonical makes the largest entry of a positive, adaptive chooses "
+                "the sign nearer to the centroid, none leaves it",
+                default="canonical",
+                choices=("canonical", "adaptive", "none"),
+            ),
+            Param("n_starts", "int", "starts of k-means; the least inertia is taken", default=10, low=1, high=1024),
+            Param("max_iter", "int", "steps of a start", default=100, low=1, high=1000000),
+            FOLD_SCALE,
+        ),
+        base="required",
+        passes="1 Gram of the units per module, k-means on it, 1 pass over the factors for the centroids, 1 write",
+        source="Zhao et al. 2024, Merging LoRAs like playing LEGO, arXiv 2409.16167",
+        max_models=MANY,
+        tier="T2",
+        takes=("adapters",),
+        dialects={
+            "default": "the decisions listed here, each an option",
+            "code": "alpha / r is ignored (fold_scale false)",
+        },
+        deviations=(
+            "the authors' code was not read; third-party codes disagree on the factor of the output, on scale and sign",
+            "centroids are means, so that copies of one adapter give this adapter at k = r",
+            "units of zeros are dropped and counted; k above the number of units is reduced",
+        ),
+    )
+
+    def merge(self, spec: MatrixSpec, deltas: Sequence[Delta], state: Any = None) -> Merged:
+        """Balance, cluster, average."""
+        import torch
+
+        from ...adapters.model import Factors
+        from ...ops.tensor.cluster import cluster_gram
+
+        factors = all_factors(deltas)
+        assert factors is not None
+        params = spec.params
+        total = sum(f.rank for f in factors)
+        b = torch.cat([f.b for f in factors], 1)
+        a = torch.cat([f.a for f in factors], 0)
+        b, a, features = _units(b, a, params["features"])
+        count = a.shape[0]
+        if count == 0:
+            return Merged(factors[0] if total == 0 else Factors(b, a), {"units": 0, "k": 0})
+        if params["sign"] == "canonical":
+            turn = torch.where(a.gather(1, a.abs().argmax(1)[:, None]) < 0, -1.0, 1.0).to(a)
+            b, a = b * turn[:, 0], a * turn
+            features = (features[0] * turn[:, 0], features[1] * turn)
+        r = total / len(factors)
+        k = min(params["k"] or max(1, round(r)), count)
+        left, right = (x.double() for x in features)
+        gram = left.mT @ left + right @ right.mT
+        found = cluster_gram(
+            [gram], k, n_starts=params["n_starts"], max_iter=params["max_iter"], seed=spec.seed,
+            sign="adaptive" if params["sign"] == "adaptive" else "none",
+        )[0]  # fmt: skip
+        member = torch.nn.functional.one_hot(found.labels, k).to(torch.float64) * found.signs[:, None]
+        share = member / member.abs().sum(0)
+        mu_b, mu_a = b.double() @ share, share.mT @ a.double()
+        if params["reweight"]:
+            size = torch.maximum(b.abs().amax(0), a.abs().amax(1)).double()
+            largest = torch.maximum(mu_b.abs().amax(0), mu_a.abs().amax(1))
+            gain = torch.where(largest > 0, (share.abs().mT @ size) / largest, torch.ones_like(largest))
+            mu_b, mu_a = mu_b * gain, mu_a * gain[:, None]
+        scale = {"sqrt_r_k": r / k, "sqrt_R_k": total / k, "none": 1.0}[params["output"]] ** 0.5
+        report = {
+            "units": count, "zero_units": total - count, "k": k, "inertia": found.inertia, "steps": found.steps,
+            "sizes": found.sizes,
+        }  # fmt: skip
+        warnings: tuple[str, ...] = ()
+        if not found.converged:
+            warnings = (f"{spec.name}: k-means did not settle in {params['max_iter']} steps",)
+        return Merged(Factors((mu_b * scale).to(b.dtype), mu_a.to(a.dtype)), report, warnings)
+
+
+def _units(
+    b: torch.Tensor, a: torch.Tensor, kind: str
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """Units without those of zero (b columns, a rows), balanced unless `raw`, and what is compared."""
+    import torch
+
+    left, right = torch.linalg.vector_norm(b, dim=0), torch.linalg.vector_norm(a, dim=1)
+    there = (left > 0) & (right > 0)
+    b, a, left, right = b[:, there], a[there], left[there], right[there]
+    if kind == "raw":
+        return b, a, (b, a)
+    if kind == "unit":
+        same = (b / left.clamp_min(1e-8), a / right.clamp_min(1e-8)[:, None])
+    ratio = (right / left).sqrt()
+    b, a = b * ratio, a / ratio[:, None]
+    return b, a, same if kind == "unit" else (b, a)

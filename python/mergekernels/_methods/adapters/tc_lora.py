@@ -1,0 +1,190 @@
+"""tc_lora: one joint factorisation of all adapters, merged from its shared terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..factor_space import all_factors
+from ..matrix import MatrixSpec, Merged
+from ..protocol import MethodInfo, Param
+from .common import FOLD_SCALE, LAMBDA, MANY, PerModule
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...adapters.model import Delta, Factors
+    from ...ops import CP
+
+__all__ = ["CP_PARAMS", "TcLora", "cp_options", "sharing"]
+
+CP_PARAMS = (
+    Param(
+        "cp_rank",
+        "int",
+        "terms of the factorisation, at most the sum of the ranks; the largest rank among the adapters, in the dialect "
+        "code 1",
+        default=None,
+        low=1,
+        high=65536,
+    ),
+    Param(
+        "normalize",
+        "str",
+        "fro divides every adapter's update by its norm for the fit, so that weak adapters count alike; none does not",
+        default="none",
+        choices=("none", "fro"),
+    ),
+    Param("n_starts", "int", "starts of the factorisation; the best fit is taken", default=4, low=1, high=1024),
+    Param("max_iter", "int", "sweeps of a start", default=100, low=1, high=1000000),
+    Param("tol", "float", "stop where the relative error changes by less", default=1e-7, low=0.0),
+    Param("strict", "bool", "what would be a warning about the factorisation is an error", default=False),
+)
+"""Parameters of methods that factorise a stack."""
+
+
+def cp_options(params: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """The options of `cp_als` that these parameters say."""
+    options = {name: params[name] for name in ("n_starts", "max_iter", "tol", "strict")}
+    return {**options, "normalize": None if params["normalize"] == "none" else params["normalize"], "seed": seed}
+
+
+def sharing(c: torch.Tensor) -> list[float]:
+    """The sharing index of each term, (sum C^2)^2 / (T sum C^4): 1 for equal use by all tasks, 1/T for one task."""
+    squares = c.double().square()
+    total, fourth = squares.sum(0), squares.square().sum(0)
+    return [t * t / (len(c) * f) if f > 0 else 0.0 for t, f in zip(total.tolist(), fourth.tolist(), strict=True)]
+
+
+class TcLora(PerModule):
+    """Delta = sum_k (sum_t w_t C[t, k]) u_k v_k^T, where B_t A_t ~ sum_k C[t, k] u_k v_k^T."""
+
+    info = MethodInfo(
+        name="tc_lora",
+        purpose="Factorise the updates of all adapters jointly into shared rank-1 terms with a weight per adapter, and "
+        "merge the terms.",
+        formula="Bt At ~ sum over k of C[t,k] uk vk^T, all t at once, by alternating least squares; "
+        "Delta = sum over k of (w1 C[1,k] + ... + wT C[T,k]) uk vk^T; with shared_min only terms of sharing index "
+        "(sum_t C^2)^2 / (T sum_t C^4) at least that",
+        params=(
+            Param(
+                "weight",
+                "float",
+                "weight of each adapter in the merge, not in the fit; 1 / T",
+                python="weights",
+                per_model=True,
+                default=None,
+            ),
+            LAMBDA,
+            *CP_PARAMS,
+            Param(
+                "shared_min",
+                "float",
+                "keep terms that several adapters use: sharing index at least this; 1/T is one adapter, 1 all alike",
+                default=0.0,
+                low=0.0,
+                high=1.0,
+            ),
+            FOLD_SCALE,
+        ),
+        base="required",
+        passes="2 QR decompositions of the stacked factors per module, sweeps on the cores, 1 write",
+        source="TC-LoRA, arXiv 2508.03999; microsoft/mttl, branch lora_soup, library_transforms.py",
+        min_models=1,
+        max_models=MANY,
+        tier="T2",
+        takes=("adapters",),
+        dialects={
+            "default": "the tensor of the products Bt At: does not depend on how a product is factored, mixed ranks",
+            "code": "the authors' branch: two tensors, of the At and of the Bt, cp_rank terms each, and the product of "
+            "their task means; equal ranks, alpha / r ignored (fold_scale false)",
+        },
+        deviations=(
+            "the paper's equations are not public; which of the public transforms made its numbers is not known",
+            "weights are of any sign; the authors take the plain mean",
+            "the authors' product form on GPUs leaves the task factor out, so that its scale is whatever the "
+            "iteration leaves; not offered",
+        ),
+    )
+
+    def check(self, params: Mapping[str, Any], dialect: str) -> list[str]:
+        """The factor form has no terms to choose from."""
+        if dialect == "code" and params["shared_min"] > 0.0:
+            return ["shared_min chooses among terms of the products; expected dialect default; got code"]
+        return []
+
+    def merge(self, spec: MatrixSpec, deltas: Sequence[Delta], state: Any = None) -> Merged:
+        """Factorise, weigh the terms, add."""
+        factors = all_factors(deltas)
+        assert factors is not None
+        weights = [1.0 / len(factors) if w is None else w for w in spec.params["weight"]]
+        if sum(f.rank for f in factors) == 0:
+            return Merged(factors[0], {"fit": 1.0, "cp_rank": 0})
+        return (
+            self._factors(spec, factors, weights) if spec.dialect == "code" else self._products(spec, factors, weights)
+        )
+
+    @staticmethod
+    def _products(spec: MatrixSpec, factors: Sequence[Factors], weights: Sequence[float]) -> Merged:
+        import torch
+
+        from ...adapters.model import Factors
+        from ...ops import cp_als
+
+        rank = spec.params["cp_rank"] or max(f.rank for f in factors)
+        found: CP = cp_als(factors, rank, **cp_options(spec.params, spec.seed))
+        c, u, v = found.factors
+        shares = sharing(c)
+        kept = torch.tensor([s >= spec.params["shared_min"] for s in shares])
+        coefficients = torch.tensor(weights, dtype=torch.float64).to(c.device) @ c.double()
+        b = (u.double() * coefficients)[:, kept]
+        report = _report(found) | {"sharing": tuple(round(s, 6) for s in shares), "terms": int(kept.sum())}
+        return Merged(Factors(b.to(u.dtype), v[:, kept].mT), report, _warnings(spec, found))
+
+    @staticmethod
+    def _factors(spec: MatrixSpec, factors: Sequence[Factors], weights: Sequence[float]) -> Merged:
+        """The A_t and the B_t as two dense stacks, each a stack of products with an identity."""
+        import torch
+
+        from ...adapters.model import Factors
+        from ...errors import ArgumentError
+        from ...ops import cp_als
+
+        there = [f for f in factors if f.rank]
+        if len({f.rank for f in there}) > 1:
+            raise ArgumentError(
+                "dialect code of tc_lora stacks factors of equal rank",
+                code="tc_lora.ranks",
+                tensor=spec.name,
+                expected="equal ranks",
+                got=", ".join(str(f.rank) for f in factors),
+                hint="The default dialect takes mixed ranks.",
+            )
+        r = there[0].rank
+        eye = torch.eye(r, dtype=there[0].a.dtype, device=there[0].a.device)
+        filled = [f if f.rank else Factors(f.b.new_zeros(f.shape[0], r), f.a.new_zeros(r, f.shape[1])) for f in factors]
+        rank = spec.params["cp_rank"] or 1
+        options = cp_options(spec.params, spec.seed)
+        downs: CP = cp_als([(eye, f.a) for f in filled], rank, **options)
+        ups: CP = cp_als([(f.b, eye) for f in filled], rank, **options)
+        w = torch.tensor(weights, dtype=torch.float64).to(eye.device)
+        sides = []
+        for found in (downs, ups):
+            c, u, v = (x.double() for x in found.factors)
+            sides.append(((u * (w @ c)) @ v.mT).to(eye.dtype))
+        report = {f"{name}_{k}": x for name, cp in (("a", downs), ("b", ups)) for k, x in _report(cp).items()}
+        return Merged(Factors(sides[1], sides[0]), report, (*_warnings(spec, downs), *_warnings(spec, ups)))
+
+
+def _report(found: CP) -> dict[str, Any]:
+    diagnostics = found.diagnostics
+    return {
+        "fit": found.fit,
+        "cp_rank": diagnostics["rank"],
+        "sweeps": diagnostics["sweeps"],
+        "spread": diagnostics["spread"],
+    }
+
+
+def _warnings(spec: MatrixSpec, found: CP) -> tuple[str, ...]:
+    return tuple(f"{spec.name}: {text}" for text in found.diagnostics["warnings"])
