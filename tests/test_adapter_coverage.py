@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from adapter_files import linear_pair, peft_folder
+from mergekernels import merge_adapters
 from mergekernels.adapters.align import align
 from mergekernels.adapters.model import Adapter
 from mergekernels.errors import InputError, PlanError
@@ -114,3 +116,14 @@ def test_what_reading_noted_is_passed_on(tmp_path: Path) -> None:
     folder = peft_folder(tmp_path / "o", linear_pair("q", 8, 2, 6))
     (warning,) = align([read_adapter(folder, base=SHAPES)], SHAPES).warnings
     assert "module paths begin with '' where the base has 'model.'" in warning
+
+
+def test_a_base_says_which_modules_peft_must_leave_alone(tmp_path: Path) -> None:
+    """PEFT takes every path that ends in a target's for a target."""
+    tensors = linear_pair("q", 8, 2, 6)
+    base = {"q.weight": (8, 6), "model.q.weight": (8, 6)}
+    out = tmp_path / "out"
+    merged = merge_adapters([peft_folder(tmp_path / "one", tensors)], "cat", base=base, out=out)
+    written = json.loads((out / "adapter_config.json").read_text())
+    assert written["exclude_modules"] == merged.config["exclude_modules"] == ["model.q"]
+    assert "exclude_modules" not in merge_adapters([tmp_path / "one"], "cat").config

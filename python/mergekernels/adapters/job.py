@@ -28,7 +28,11 @@ def wants_of(method: MatrixMethod, params: Mapping[str, Any], dialect: str) -> W
 
 @dataclass(frozen=True)
 class Job:
-    """A method and what it is applied to. factor : what the merged task vectors are multiplied with, besides lambda."""
+    """A method and what it is applied to.
+
+    factor : what the merged task vectors are multiplied with, besides lambda. shapes : of the base's tensors by name,
+    empty if no base is known.
+    """
 
     method: MatrixMethod
     params: Mapping[str, Any]
@@ -40,6 +44,7 @@ class Job:
     factor: float = 1.0
     notes: tuple[str, ...] = ()
     aligned: Aligned = field(default_factory=lambda: Aligned(()))
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def spec(self, place: Place) -> MatrixSpec:
         """One module as the method sees it; its name is that of the base's weight."""

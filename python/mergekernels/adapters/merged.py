@@ -26,7 +26,8 @@ class MergedAdapter:
     may differ by module. extras : full tensors that replace the base's (modules_to_save), name -> loader.
     dtype : of the factors ("F32", "BF16", "F16", "F64"). base : name of the base model as the inputs give it.
     report : ranks, kept energy, routes and warnings. inherited : fields of the configs in which all inputs agree.
-    sources : the inputs, whose digests go into saved files.
+    sources : the inputs, whose digests go into saved files. shapes : of the base's tensors by name, if one was given:
+    the config then says which modules PEFT must leave alone.
     """
 
     modules: Mapping[str, tuple[Site, Factors]]
@@ -36,13 +37,16 @@ class MergedAdapter:
     extras: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
     inherited: Mapping[str, Any] = field(default_factory=dict)
     sources: tuple[Adapter, ...] = ()
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def config(self) -> dict[str, Any]:
         """The fields of adapter_config.json: lora_alpha = r, no rsLoRA, patterns where ranks differ."""
         from ..formats.adapters.write_peft import adapter_config
 
-        return adapter_config(self._by_site(), base_name=self.base, extras=self.extras, config=self.inherited)
+        return adapter_config(
+            self._by_site(), base_name=self.base, extras=self.extras, config=self.inherited, shapes=self.shapes
+        )
 
     @property
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -94,7 +94,8 @@ def open_job(
     seed = check_integer(seed, 0, 1 << 64, "seed")
     shapes = base_shapes(base)
     job = bind_job(method, params, weights, open_adapters(adapters, shapes), dialect, seed, device)
-    job = replace(job, aligned=align(job.adapters, shapes, equal_ranks=job.wants.equal_ranks))
+    aligned = align(job.adapters, shapes, equal_ranks=job.wants.equal_ranks)
+    job = replace(job, aligned=aligned, shapes=shapes or {})
     largest = max(max(place.ranks) for place in job.aligned.places)
     if job.method.info.name != method:  # one adapter in dialect peft
         rank = energy = None

@@ -44,6 +44,7 @@ def assemble(
         extras={name: load for a in reversed(adapters) for name, load in a.extras.items()},
         inherited=_inherited(adapters),
         sources=tuple(adapters),
+        shapes=job.shapes,
     )
 
 

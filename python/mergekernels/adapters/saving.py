@@ -72,6 +72,7 @@ def save(merged: MergedAdapter, path: str | PathLike[str], form: str, *, overwri
             metadata=metadata,
             extras=merged.extras,
             config=merged.inherited,
+            base=merged.shapes,
             overwrite=overwrite,
         )
         return
