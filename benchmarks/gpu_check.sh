@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds on a machine with a GPU, runs the GPU tests and benchmarks there, and leaves everything in OUTDIR.
-# Usage: benchmarks/gpu_check.sh OUTDIR. Needs python3 with torch (CUDA) and triton; nvcc for the CUDA backend. Takes less
-# than nine minutes.
+# Usage: benchmarks/gpu_check.sh OUTDIR. Needs python3 with torch (CUDA) and triton; nvcc for the CUDA backend. Takes less than ten minutes.
+
 # Exit status: 0 all is well, 1 something failed, 2 wrong usage, 3 there is no GPU.
 set -uo pipefail
 
@@ -53,12 +53,15 @@ step build 200 "$python" -m pip install --no-build-isolation --no-deps --target 
     -C cmake.define.CMAKE_CUDA_ARCHITECTURES="$architecture" . || exit 1
 
 # From tests/, because the folder kernels/ must not be importable as a package.
-tests=(test_gpu_devices.py test_cuda_build.py test_cuda_host.py)
+tests=(test_gpu_devices.py test_cuda_build.py test_cuda_host.py test_cuda_small.py)
 step tests 140 env -C "$root/tests" "$python" -m pytest -q -rs -p no:cacheprovider --junit-xml="$out/tests.xml" "${tests[@]}"
 if command -v compute-sanitizer >/dev/null; then
     step sanitizer 80 env -C "$root/tests" compute-sanitizer --error-exitcode 9 --target-processes all \
-        "$python" -m pytest -q -p no:cacheprovider test_gpu_devices.py -k "cuda and (sizes or pieces or in_place or test_list or rank_divide) and not repeated"
+        "$python" -m pytest -q -p no:cacheprovider test_gpu_devices.py test_cuda_small.py \
+        -k "cuda and (sizes or pieces or in_place or test_list or rank_divide or batch_or_the_strides or largest) and not repeated"
 fi
 step bench 110 env -C "$root/benchmarks" "$python" bench_gpu.py --out "$out/gpu.json"
 cat "$out/bench.log"
+step bench_spectral 90 env -C "$root/benchmarks" "$python" bench_gpu_spectral.py --out "$out/gpu_spectral.json"
+cat "$out/bench_spectral.log"
 exit "$failed"

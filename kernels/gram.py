@@ -86,14 +86,16 @@ def gram_kernel(
     Reads (2 * SIDE + HAS_BASE) * itemsize bytes per element and pair of sides, all but the first from the cache (the
     pairs of a block run side by side); writes 8 bytes per block and pair.
 
-    Grid: (sides i, sides j, programs of BLOCKS blocks); programs with i > j do nothing.
+    Grid: sides i, the fastest, times sides j times programs of BLOCKS blocks; programs with i > j do nothing.
     table : int64 header, with the rows and columns of the box, and one row (address) per model.
     """
     rows = tl.load(table + _ROWS)
     cols = tl.load(table + _COLS)
-    side_i = tl.program_id(0) * SIDE
-    side_j = tl.program_id(1) * SIDE
-    k = tl.program_id(2).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS).to(tl.int64)
+    work = tl.program_id(0).to(tl.int64)
+    sides = (NUM_MODELS + SIDE - 1) // SIDE
+    side_i = (work % sides).to(tl.int32) * SIDE
+    side_j = (work // sides % sides).to(tl.int32) * SIDE
+    k = work // (sides * sides) * BLOCKS + tl.arange(0, BLOCKS).to(tl.int64)
     if COLUMNS:
         segments = cols
         length = rows

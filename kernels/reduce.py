@@ -107,6 +107,7 @@ def reduce_kernel(
     NEEDS_IMPORTANCE: tl.constexpr,
     NUM_MODELS: tl.constexpr,
     NUM_INPUTS: tl.constexpr,
+    MODELS: tl.constexpr,
     DTYPE: tl.constexpr,
     COMPUTE: tl.constexpr,
     QUADS: tl.constexpr,
@@ -120,14 +121,16 @@ def reduce_kernel(
     Reads (1 + base) * itemsize bytes per element and model, (NUM_MODELS + base) * itemsize where the merge is needed
     (all but the first time from the cache: the models of a block run side by side); writes 8 bytes per block.
 
-    Grid: (models, programs of BLOCKS canonical blocks). table, coefficients, P, UNROLL, ALIGNED : see `stream_kernel`.
+    Grid: MODELS (those that have sums of their own: all, or 1 for the quantities of which there is one), the fastest,
+    times programs of BLOCKS canonical blocks. table, coefficients, P, UNROLL, ALIGNED : see `stream_kernel`.
     sums : float64 [slots, number of blocks].
     """
     n = tl.load(table + N)
     g0 = tl.load(table + G0)
     num_blocks = (n + 4095) // 4096
-    block = tl.program_id(1).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS).to(tl.int64)
-    m = tl.program_id(0).to(tl.int64)
+    work = tl.program_id(0).to(tl.int64)
+    block = work // MODELS * BLOCKS + tl.arange(0, BLOCKS).to(tl.int64)
+    m = work % MODELS
     lane = tl.arange(0, 256).to(tl.int64)
     quad = tl.arange(0, 64).to(tl.int64)
     compute = tl.float64 if COMPUTE == F64 else tl.float32

@@ -158,6 +158,7 @@ def reduce_kernel(dtype: DType, target: GPUTarget, program: dict[str, int], *qua
         "NEEDS_IMPORTANCE": importance,
         "NUM_MODELS": 3,
         "NUM_INPUTS": 6 if importance else 3,
+        "MODELS": 3,
         "QUADS": True,
         "UNROLL": 3,
         "BLOCKS": reduce.blocks_for(merged and (dtype is F64 or program.get("MERGE") == 4)),

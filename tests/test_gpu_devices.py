@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from feature_sums import GramCase, check_gram
 from gpu_matrix import SEED, TENSOR, check_stream, check_sweep, inputs, key_interval, tau_of
 from mergekernels import _cpu
 from mergekernels._backends import reference
@@ -17,6 +18,7 @@ from mergekernels._backends._device import place
 from mergekernels._native import view_of
 from mergekernels.ops.keep import Keep
 from mergekernels.ops.program import Program
+from mergekernels.ops.sums import Gram, Segments
 from mergekernels.ops.sweeps import Sweep
 from mergekernels.tensors import BF16, F32, Piece, TensorView
 
@@ -53,6 +55,20 @@ def test_many_blocks(target: Any) -> None:
     check_sweep(*target, Sweep(narrow, "hash", True, SEED), x0, models)
     wide = tuple(key_interval(x, x0, F32, 0.1, 0.4) for x in models)
     check_sweep(*target, Sweep(wide, "hash", True, SEED), x0, models, capacity=10)
+
+
+def test_more_segments_than_an_axis_of_a_grid_holds(target: Any) -> None:
+    """The dot products of 300,000 rows: 65,535 is the end of every axis of a grid but the first."""
+    backend, device = target
+    check_gram(backend, many_rows(300_000), device)
+
+
+def many_rows(rows: int) -> GramCase:
+    """Dot products by row of two models over a narrow matrix."""
+    rng = torch.Generator().manual_seed(5)
+    models = tuple(torch.randn(rows, 3, generator=rng) for _ in range(2))
+    request = Gram(Segments("rows", rows, 3), False)
+    return GramCase("many rows", request, (Piece(0, rows, 3, 3),), None, models, F32)
 
 
 def test_repeated_calls_give_the_same_bits(target: Any) -> None:

@@ -136,10 +136,12 @@ def launch_reduce(
                 "NEEDS_TOTAL": bool(module.TOTAL & set(four)),
                 "NEEDS_IMPORTANCE": program.num_inputs > num_models,
                 "NUM_INPUTS": program.num_inputs,
+                "MODELS": 1 if set(four) <= module.SINGLE else num_models,
                 "QUADS": piece.g0 % 4 == 0,
                 "BLOCKS": blocks,
             }
-            grid = (1 if set(four) <= module.SINGLE else num_models, -(-sums.shape[1] // blocks))
+            # All on the first axis: the others end at 65,535.
+            grid = (constants["MODELS"] * -(-sums.shape[1] // blocks),)
             run(module.reduce_kernel, grid, (table, numbers, sums), constants)
 
 
@@ -186,7 +188,7 @@ def launch_gram(
         "BLOCKS": blocks,
     }
     sides = -(-num_models // side)
-    grid = (sides, sides, -(-sums.shape[1] * sums.shape[2] // blocks))
+    grid = (sides * sides * -(-sums.shape[1] * sums.shape[2] // blocks),)
     run(kernels("gram").gram_kernel, grid, (box_table(inputs, rows, cols), sums), constants)
 
 
