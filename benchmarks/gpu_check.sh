@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds on a machine with a GPU, runs the GPU tests and benchmarks there, and leaves everything in OUTDIR.
-# Usage: benchmarks/gpu_check.sh OUTDIR. Needs python3 with torch (CUDA) and triton; nvcc for the CUDA backend. Takes less than ten minutes.
-
+# Usage: benchmarks/gpu_check.sh OUTDIR. Needs python3 with torch (CUDA) and triton; nvcc for the CUDA backend. Takes less
+# than ten minutes.
 # Exit status: 0 all is well, 1 something failed, 2 wrong usage, 3 there is no GPU.
 set -uo pipefail
 
