@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .adapters.merge import merge_adapters
     from .adapters.merged import MergedAdapter
     from .adapters.prepare import prepare_adapters
+    from .adapters.shared import factorise_adapters
+    from .adapters.texts import cluster_texts
     from .continual.step import continual_merge
     from .engine.diff import diff
     from .engine.run import plan, run
@@ -29,8 +31,10 @@ __all__ = [
     "MergedAdapter",
     "__version__",
     "backends",
+    "cluster_texts",
     "continual_merge",
     "diff",
+    "factorise_adapters",
     "merge",
     "merge_adapters",
     "merge_state_dicts",
@@ -46,8 +50,10 @@ _HOME = {
     "MergeError": "errors",
     "MergedAdapter": "adapters.merged",
     "backends": "_backends.status",
+    "cluster_texts": "adapters.texts",
     "continual_merge": "continual.step",
     "diff": "engine.diff",
+    "factorise_adapters": "adapters.shared",
     "merge": "merging",
     "merge_adapters": "adapters.merge",
     "merge_state_dicts": "state_dicts",
