@@ -8,7 +8,7 @@ import torch
 import mergekernels as mk
 from mergekernels import ops
 from mergekernels.adapters.model import Factors
-from spectra import F64, SPECTRA, factors, gaussian, matrix, orthonormal, relative, shrunk, svd, values
+from spectra import F64, SPECTRA, factors, gaussian, matrix, orthonormal, relative, shrunk, svd, values, with_values
 
 SHAPES = [(60, 60), (120, 40), (40, 120)]
 
@@ -114,6 +114,58 @@ def test_equivariance_and_no_amplification(kind):
     assert float((f(x + noise) - f(x)).norm()) <= float(noise.norm()) * (1 + 1e-9)
 
 
+LARGE = {  # few values above a threshold, of a matrix that is large enough for that to matter
+    "decay": lambda i: (i + 1) ** -0.7,
+    "exponential": lambda i: torch.exp(-i / 30),
+    "head": lambda i: torch.where(i < 5, 100 - 10 * i, 1 / (1 + i / 50)),
+    "degenerate": lambda i: (1 + torch.div(i, 8, rounding_mode="floor")) ** -0.7,
+    "low rank": lambda i: torch.where(i < 30, 1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("name", LARGE)
+def test_only_what_is_above_the_threshold(name, flip):
+    """Cold, and warm for a similar matrix; with thresholds just beside a value."""
+    m, n = 450, 400
+    s = LARGE[name](torch.arange(n, dtype=F64))
+    x = with_values(s, m, n).float()
+    near = x + 1e-3 * float(x.norm()) / (m * n) ** 0.5 * gaussian(m, n, 5).float()
+    if flip:
+        x, near = x.mT, near.mT
+    for mu, kind in ((float(s[20]) * 0.9999, "plain"), (float(s[20]) * 1.0001, "plain"), (0.02, "squared")):
+        tau = mu if kind == "plain" else squared_threshold(s, mu)
+        made = ops.soft_threshold(x, mu, kind)
+        if int((s > tau).sum()) < 40:
+            assert made.route == "above"
+        assert float((made.y.to(F64) - shrunk(x, tau)).norm()) <= 1e-6 * float(x.norm())
+        assert abs(made.nuclear - float((s - tau).clamp_min(0).sum())) <= 1e-5 * float(s.sum())
+        again = ops.soft_threshold(near, mu, kind, warm=made.basis)
+        tau = mu if kind == "plain" else squared_threshold(svd(near)[1], mu)
+        assert float((again.y.to(F64) - shrunk(near, tau)).norm()) <= 1e-6 * float(near.norm())
+
+
+def test_a_misleading_start_does_not_matter():
+    """A start orthogonal to everything above the threshold, or of one column, or of too many."""
+    s = LARGE["exponential"](torch.arange(400, dtype=F64))
+    x = with_values(s, 420, 400, seed=3).float()
+    _, _, vh = svd(x)
+    want = shrunk(x, 0.6)
+    for warm in (vh[300:330].mT.float(), vh[:1].mT, vh[:399].mT.float(), torch.zeros(400, 5)):
+        made = ops.soft_threshold(x, 0.6, warm=warm)
+        assert float((made.y.to(F64) - want).norm()) <= 1e-6 * float(x.norm())
+        assert made.rank == int((s > 0.6).sum())
+
+
+def test_many_values_above_the_threshold():
+    """Nothing is gained there: the Gram's eigenvectors."""
+    x = gaussian(500, 400).float()
+    for mu in (0.1, 5.0):
+        made = ops.soft_threshold(x, mu)
+        assert made.route == "gram"
+        assert float((made.y.to(F64) - shrunk(x, mu)).norm()) <= 1e-6 * float(x.norm())
+
+
 def test_bad_input():
     x = gaussian(5, 4)
     for mu in (-0.1, float("nan"), float("inf")):
@@ -121,5 +173,9 @@ def test_bad_input():
             ops.soft_threshold(x, mu)
     with pytest.raises(mk.MergeError, match="kind"):
         ops.soft_threshold(x, 0.1, "cubed")
+    with pytest.raises(mk.MergeError, match="warm"):
+        ops.soft_threshold(x, 0.1, warm=gaussian(5, 2))
+    with pytest.raises(mk.MergeError, match="warm"):
+        ops.soft_threshold([x, x], 0.1, warm=[None])
     with pytest.raises(mk.MergeError, match=r"X\[1\] holds NaN"):
         ops.soft_threshold([x, x * float("nan")], 0.1)

@@ -141,7 +141,7 @@ def _sweeps(
 ) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """The deviations, and a report. matrices : D_t minus their mean, so that D0 is minus the mean of the deviations.
 
-    shrink : matrix -> (its proximal map, rank).
+    shrink : model, matrix -> (its proximal map, rank).
     """
     deviations: list[torch.Tensor] = []
     report: dict[str, Any] = {}
@@ -150,7 +150,7 @@ def _sweeps(
         mean = _mean(deviations) if deviations else None
         change, ranks, after = _Change(), [], []
         for t, x in enumerate(matrices):
-            new, rank = shrink(x if mean is None else x + mean)
+            new, rank = shrink(t, x if mean is None else x + mean)
             change.add(new, deviations[t] if deviations else None)
             after.append(new)
             ranks.append(rank)
@@ -177,8 +177,11 @@ def _dense(spec: MatrixSpec, deltas: Sequence[Delta]) -> tuple[Delta, dict[str, 
     centre = _mean(matrices)
     mu, kind = spec.params["mu"], spec.params["prox"]
 
-    def shrink(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-        found = soft_threshold(x, mu, kind)
+    warm: list[torch.Tensor | None] = [None] * len(matrices)
+
+    def shrink(t: int, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        found = soft_threshold(x, mu, kind, warm=warm[t])
+        warm[t] = found.basis  # sweeps change little
         return found.y, found.rank
 
     deviations, report = _sweeps([x - centre for x in matrices], spec, shrink)
@@ -201,7 +204,7 @@ def _factored(spec: MatrixSpec, factors: Sequence[Factors]) -> tuple[Delta, dict
         return core.expand(tasks[0]), {"iterations": 0, "change": 0.0, "ranks": [0] * len(tasks)}
     mu, kind = spec.params["mu"], spec.params["prox"]
 
-    def shrink(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def shrink(_: int, x: torch.Tensor) -> tuple[torch.Tensor, int]:
         svd = small_svd(x)
         left = (svd.s - threshold(svd.s, mu, kind)).clamp_min(0)
         rank = int((left > 0).sum())
