@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from .._methods.adapters.sums import weighted_sum
 from .._methods.arguments import bind_matrix
 from .._methods.matrix import Asking, MatrixMethod, MatrixSpec, Merged, Wants, folds_scale, measured_state
 from .._methods.matrix_table import get_matrix
+from .._methods.spectral.layout import layout_of, merge_plain
 from ..errors import ArgumentError
 from ..tensors import tensor_id
 from .align import Aligned, Place
@@ -58,6 +60,7 @@ class Job:
             seed=self.seed,
             tensor=tensor_id(name),
             scales=place.scales,
+            plain=layout_of(self.params, name, place.site.weight_shape).plain,
         )
 
     def deltas(self, place: Place) -> Deltas:
@@ -69,9 +72,11 @@ class Job:
         """What the method needs to know of all modules before it merges the first."""
 
         def measure(state: Any) -> dict[str, Any]:
+            specs = [(place, self.spec(place)) for place in self.aligned.places]
             return {
-                place.site.weight: self.method.measure(self.spec(place), self.deltas(place), state)
-                for place in self.aligned.places
+                spec.name: self.method.measure(spec, self.deltas(place), state)
+                for place, spec in specs
+                if not spec.plain or hasattr(self.method, "merge_plain")
             }
 
         return measured_state(self.method, self.params, self.dialect, measure)
@@ -84,7 +89,14 @@ class Job:
 
     def merge(self, place: Place, state: Any) -> Merged:
         """The merged task vector of one module, lambda applied."""
-        return _scaled(self.method.merge(self.spec(place), self.deltas(place), state), self.scale)
+        spec, deltas = self.spec(place), self.deltas(place)
+        if not spec.plain:
+            return _scaled(self.method.merge(spec, deltas, state), self.scale)
+        if hasattr(self.method, "merge_plain"):
+            return _scaled(merge_plain(self.method, spec, deltas, state), self.scale)
+        weights = self.params.get("weight", (1.0,) * len(deltas))
+        mean, why = weighted_sum(deltas, [w / len(deltas) for w in weights], spec.shape)
+        return _scaled(Merged(mean, {"route": f"mean; {why}" if why else "mean"}), self.scale)
 
     @property
     def scale(self) -> float:
@@ -136,5 +148,7 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, (list, tuple)):
+        if value and all(isinstance(v, str) for v in value):
+            return ",".join(value)  # patterns
         return [v.tolist() if hasattr(v, "tolist") else v for v in value]
     return value

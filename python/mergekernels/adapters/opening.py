@@ -8,9 +8,11 @@ from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Union
 
-from ..errors import ArgumentError
+from .._methods.matrix import misfits
+from .._methods.matrix_table import get_matrix, matrix_names
+from ..errors import ArgumentError, MergeError
 from ..ops.arguments import check_integer
-from .align import align
+from .align import Place, align, raise_all
 from .cutting import Limits
 from .job import Job, bind_job
 from .model import Adapter
@@ -91,11 +93,13 @@ def open_job(
     from ..formats.adapters import base_shapes
 
     check_cut(rank, energy, spread)
+    params, rank, energy = _own(method, params, rank, energy)
     seed = check_integer(seed, 0, 1 << 64, "seed")
     shapes = base_shapes(base)
     job = bind_job(method, params, weights, open_adapters(adapters, shapes), dialect, seed, device)
     aligned = align(job.adapters, shapes, equal_ranks=job.wants.equal_ranks)
     job = replace(job, aligned=aligned, shapes=shapes or {})
+    raise_all([problem for place in job.aligned.places for problem in _misfits(job, place)])
     largest = max(max(place.ranks) for place in job.aligned.places)
     if job.method.info.name != method:  # one adapter in dialect peft
         rank = energy = None
@@ -105,3 +109,24 @@ def open_job(
             note = f"dialect peft: the first adapter uses rsLoRA, so the result is multiplied by {factor:g}"
             job = replace(job, factor=factor, notes=(*job.notes, note))
     return job, Limits(rank, energy, largest, spread)
+
+
+def _misfits(job: Job, place: Place) -> list[MergeError]:
+    """Why the method cannot merge a module of this shape."""
+    name, spec = job.method.info.name, job.spec(place)
+    sentences = [] if spec.plain else misfits(job.method, spec)
+    return [ArgumentError(f"{name}: {text}", code="matrix.shape", tensor=place.site.module) for text in sentences]
+
+
+def _own(
+    method: str, params: Mapping[str, Any], rank: int | None, energy: float | None
+) -> tuple[Mapping[str, Any], int | None, float | None]:
+    """A method with parameters of these names takes rank and energy itself, and its result is not truncated."""
+    if not isinstance(method, str) or method not in matrix_names("adapters"):
+        return params, rank, energy
+    named = {p.keyword for p in get_matrix(method, "adapters").info.params}
+    if "rank" in named and rank is not None:
+        params, rank = {**params, "rank": rank}, None
+    if "energy" in named and energy is not None:
+        params, energy = {**params, "energy": energy}, None
+    return params, rank, energy
