@@ -84,7 +84,7 @@ def test_mappings_are_checked_and_copied_too(tmp_path):
     assert load_recipe(data).data["models"] == [{"model": str(tmp_path), "parameters": {"weight": 1}}]
     assert failure({**data, "dtyp": "float32"}) == (
         "unknown key 'dtyp'; expected one of merge_method, models, slices, base_model, parameters, dtype, out_dtype, "
-        "tokenizer_source, chat_template, dialect, seed, nan, layers, then. Did you mean 'dtype'?"
+        "tokenizer_source, chat_template, dialect, seed, nan, layers, then, output. Did you mean 'dtype'?"
     )
 
 

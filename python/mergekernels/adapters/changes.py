@@ -18,7 +18,7 @@ from .model import Site
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Changes", "difference", "equal_bytes", "load_tensor", "pair_up"]
+__all__ = ["Changes", "difference", "equal_bytes", "load_tensor", "pair_up", "site_for"]
 
 _CHUNK = 1 << 22
 """Elements that are read and widened at a time."""
@@ -79,7 +79,7 @@ def pair_up(base: Checkpoint, tuned: Checkpoint, include: Sequence[str], exclude
                 )
             )
             continue
-        site = _site(base, name, info)
+        site = site_for(base, name, info)
         module = name.removesuffix(".weight")
         named = {p for p in (*include, *exclude) if fnmatchcase(module, p)} if site is not None else set()
         used |= named
@@ -105,7 +105,7 @@ def pair_up(base: Checkpoint, tuned: Checkpoint, include: Sequence[str], exclude
     return Changes(base, tuned, tuple(sites), tuple(rest))
 
 
-def _site(base: Checkpoint, name: str, info: TensorInfo) -> Site | None:
+def site_for(base: Checkpoint, name: str, info: TensorInfo) -> Site | None:
     """The site of a weight that can have factors."""
     if not name.endswith(".weight") or not info.dtype.is_float or not 2 <= len(info.shape) <= 5 or 0 in info.shape:
         return None

@@ -21,7 +21,11 @@ from ..formats.safetensors import inspect
 from ..tensors import DType
 from .resolved import ResolvedMerge, ResolvedTensor, Source, sources_of
 
-__all__ = ["AdaptedCheckpoint", "adapt", "factor_bytes", "low_rank_sources", "module_of"]
+__all__ = ["WORK_COPIES", "AdaptedCheckpoint", "adapt", "factor_bytes", "low_rank_sources", "module_of"]
+
+
+WORK_COPIES = 6
+"""Float64 copies of one matrix to count for what a decomposition works with."""
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,8 @@ class OpenTensor:
         self.by_deltas = ctx.plan.specs.generated.get(tensor.name, False)
         if tensor.name in ctx.plan.specs.generated:
             compute = ctx.plan.specs.compute_of(tensor.name)
-            fold = ctx.plan.specs.whole is None or folds_scale(tensor.params, merge.dialect)
+            specs = ctx.plan.specs
+            fold = not specs.wants.raw and (specs.whole is None or folds_scale(tensor.params, merge.dialect))
             self.made = Generated(merge, tensor, compute, self.by_deltas, ctx.backend, fold)
         self.held = self.made.held if self.made is not None else 0
         unread = self.made.unread if self.made is not None else ()

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,8 @@ def plan_hash(
         "files": [[f.name, f.size, f.header_sha256] for f in files],
         "small": [[s.name, s.sha256] for s in small],
     }
+    if merge.output is not None:
+        data["output"] = asdict(merge.output)
     if computed is not None:
         data["computed"] = computed
     return hashlib.sha256(canonical_json(data)).hexdigest()

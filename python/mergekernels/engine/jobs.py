@@ -44,7 +44,7 @@ class MergeJob:
         self._spec = plan.specs.spec(target.placed.index)
         self._state: Round | Coeffs = plan.method.start(self._spec) if coeffs is None else coeffs
         needs = of_tensor(plan.method, self._spec, self._state, widest(plan.specs, tensor))
-        self._held = self._source.held
+        self._held = plan.specs.held(target.placed.index)
         self.least = needs.statistics + self._held
         self.want = self.least + needs.entries
         reads = plan.reads if isinstance(self._state, Round) else 1
@@ -67,7 +67,8 @@ class MergeJob:
         self._next_pass()
 
     def _next_pass(self) -> None:
-        method, spec, state = self._ctx.plan.method, self._spec, self._state
+        plan = self._ctx.plan
+        method, spec, state = plan.method, self._spec, self._state
         if isinstance(state, Round):
             shared, room = None, self.granted - self.least
             if not is_sum(state):
@@ -80,7 +81,7 @@ class MergeJob:
         self._program = method.apply(spec, state)
         if self._source.by_deltas:
             # The models' tiles are task vectors already.
-            self._program = replace(self._program, subtract=False)
+            self._program = replace(self._program, subtract=False, base=plan.merge.output is None)
         if self._kept is not None:
             self._program = self._kept.marked(self._program)
         require(self._ctx.backend, self._program.features)
@@ -127,8 +128,10 @@ class MergeJob:
         source, dtype = self._source, self._source.tensor.dtype
         assert self._program is not None and self._tiling is not None and self._writer is not None
         piece = self._tiling.piece(index)
-        views = [source.load(worker, m, piece, anchor=True) for m in range(len(source.streams))]
-        base = views.pop() if source.has_base else None
+        views = [source.load(worker, m, piece) for m in range(source.num_models)]
+        base = None
+        if source.has_base and (self._program.base or not source.by_deltas):
+            base = source.load(worker, source.num_models, piece, anchor=True)
         self._ctx.backend.stream(
             self._program,
             piece,

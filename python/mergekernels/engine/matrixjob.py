@@ -25,7 +25,10 @@ from .writer import Target, Writer
 if TYPE_CHECKING:
     from ..adapters.model import Delta
 
-__all__ = ["MatrixJob", "measure_model"]
+__all__ = ["Collect", "MatrixJob", "measure_model"]
+
+Collect = Callable[[str, Merged, bool, float], None]
+"""Takes a tensor's name, its merged task vector, whether that is transposed, and its scale."""
 
 Tick = Callable[[int, int, str], None]
 
@@ -60,11 +63,13 @@ class _Whole:
 class MatrixJob(_Whole):
     """One merged tensor: a pass that loads, a pass of one piece that merges, a pass that writes.
 
-    state : what the method found over the whole model.
+    state : what the method found over the whole model. collect : takes the merged task vectors, where they become an
+    adapter and nothing is written.
     """
 
-    def __init__(self, ctx: Context, target: Target, state: Any) -> None:
+    def __init__(self, ctx: Context, target: Target, state: Any, collect: Collect | None = None) -> None:
         super().__init__(ctx, target.placed.index)
+        self._collect = collect
         self._target = target
         self._state = state
         self._program = scale_program(ctx, self.spec)
@@ -97,6 +102,11 @@ class MatrixJob(_Whole):
             self.vectors.check()
             self._pass, self.tiles = "merge", 1
             return True
+        if self._pass == "merge" and self._collect is not None:
+            self.source.close()
+            for text in self._warnings:
+                self.ctx.warn(text)
+            return False
         if self._pass == "merge":
             self._pass = "write"
             require(self.ctx.backend, self._program.features)
@@ -117,7 +127,10 @@ class MatrixJob(_Whole):
                 deltas = matrices.pop(0)
                 found.append(self._one(spec, deltas))
                 del deltas
-            self._result = self.vectors.flat([merged.delta for merged in found])
+            if self._collect is None:
+                self._result = self.vectors.flat([merged.delta for merged in found])
+            else:
+                self._collect(self.name, found[0], self.vectors.flipped, self._program.scale)
         reports = [{key: plain(value) for key, value in merged.report.items()} for merged in found]
         self._report = reports[0] if len(reports) == 1 else {"matrices": reports}
         self._warnings = [

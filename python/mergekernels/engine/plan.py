@@ -13,7 +13,7 @@ from .._backends._device import place
 from .._backends.dispatch import load, pick, requested, require
 from .._methods.protocol import Method
 from ..errors import ArgumentError, BackendError, InputError, MergeError, OutputError, PlanError
-from ..tensors import BF16, TensorView
+from ..tensors import BF16, TensorView, dtype_of
 from .generated import SPARE_SLOTS
 from .identity import plan_hash
 from .io import Io
@@ -85,19 +85,21 @@ class Plan:
 
     @property
     def bytes_written(self) -> int:
-        """Bytes of all published files, the manifest excepted."""
+        """Bytes of all published files, the manifest excepted. Of an adapter at the rank asked for, 0 for an energy."""
+        if self.merge.output is not None:
+            return adapter_bytes(self.merge)
         return sum(f.size for f in self.files) + sum(s.size for s in self.small)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data.
 
         Keys: plan_hash, method, then [{modifier: parameters}], dialect, seed, nan, backend, device, threads, memory
-        (bytes), tile_bytes, inputs [{label, path, files, tensors, bytes}], output {files: [{name, bytes, tensors}],
-        small_files: [names], tensors, bytes, merged, buffers, copies, aliases}, scope ("tensor" or "model"), computed
-        (for methods of tier T2 {tier, by: "torch-cpu"}, else None), passes {reads, sampled, writes}, bytes_read,
-        bytes_written, peak_memory, disk {path, needed, free} or None, time {seconds, read_rate, write_rate, assumed},
-        parameters [{params, tensors: count, examples: [names]}], state ("absent", "done", "resumable", "exists",
-        "other-plan" or None), warnings [str].
+        (bytes), tile_bytes, inputs [{label, path, files, tensors, bytes}], output {kind ("checkpoint" or "adapter"),
+        files: [{name, bytes, tensors}], small_files: [names], tensors, bytes, merged, buffers, copies, aliases}, scope
+        ("tensor" or "model"), computed (for methods of tier T2 {tier, by: "torch-cpu"}, else None), passes {reads,
+        sampled, writes}, bytes_read, bytes_written, peak_memory, disk {path, needed, free} or None, time {seconds,
+        read_rate, write_rate, assumed}, parameters [{params, tensors: count, examples: [names]}], state ("absent",
+        "done", "resumable", "exists", "other-plan" or None), warnings [str].
         """
         return summarise(self)
 
@@ -126,10 +128,13 @@ def make_plan(
     name = _pick_backend(backend, device)
     specs = Specs(merge, method)
     count = default_threads(threads)
+    # For an adapter the groups in which statistics over the model are taken; nothing of this size is written.
     files = lay_out(merge.tensors, shard_size)
-    small, warnings = small_files(io, merge)
-    merge = replace(merge, warnings=(*merge.warnings, *warnings))
-    index = index_json(files)
+    small: tuple[SmallFile, ...] = ()
+    if merge.output is None:
+        small, warnings = small_files(io, merge)
+        merge = replace(merge, warnings=(*merge.warnings, *warnings))
+    index = index_json(files) if merge.output is None else None
     if index is not None:
         small = (*small, SmallFile.of("model.safetensors.index.json", index))
     digest = plan_hash(merge, files, small, f"torch-{device.partition(':')[0]}" if specs.whole is not None else None)
@@ -140,13 +145,24 @@ def make_plan(
         problems += check_target(target, merge, small)
         if not problems:
             state = inspect_out(io, target, digest)
-            problems += _check_space(target, files, state)
+            if merge.output is None:
+                problems += _check_space(target, files, state)
     if problems:
         raise PlanError(problems)
     found = survey(specs, method)
     require(place(load(name), device), found.features)
     budget = _budget(specs, found, memory, count, device, tile)
     return Plan(merge, digest, files, small, budget, name, device, target, state, found, specs, method, merge.warnings)
+
+
+def adapter_bytes(merge: ResolvedMerge) -> int:
+    """About what the factors of an adapter take; 0 where their ranks follow from an energy."""
+    output = merge.output
+    dtype = None if output is None else dtype_of(output.dtype)
+    if output is None or output.rank is None or dtype is None:
+        return 0
+    sides = ((t.shape[0], prod(t.shape[1:])) for t in merge.tensors)
+    return sum(min(output.rank, m, n) * (m + n) * dtype.itemsize for m, n in sides)
 
 
 def _pick_backend(backend: str | None, device: str) -> str:

@@ -13,7 +13,7 @@ from .._methods.protocol import Method
 from ..formats.checkpoint import Checkpoint
 from ..tensors import DType
 
-__all__ = ["ResolvedMerge", "ResolvedTensor", "Source", "sources_of"]
+__all__ = ["AdapterOutput", "ResolvedMerge", "ResolvedTensor", "Source", "sources_of"]
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,26 @@ def sources_of(tensor: ResolvedTensor) -> tuple[Source, ...]:
 
 
 @dataclass(frozen=True)
+class AdapterOutput:
+    """The merged task vector as an adapter instead of a checkpoint.
+
+    rank : most ranks per module. energy : or the least rank that holds this share of the sum of squares. None where the
+    method decides. spread : where singular values go, "b", "sqrt" or "a". dtype : of the factors, a safetensors name.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    spread: Literal["b", "sqrt", "a"] = "b"
+    dtype: str = "F32"
+
+
+@dataclass(frozen=True)
 class ResolvedMerge:
     """Everything that determines the bytes of the output.
 
     then : names and parameters of the modifiers that follow the method. custom : the method itself, where it is none of
     the registered ones.
+    output : None for a checkpoint; else `tensors` are the weights that may change, in the compute dtype.
     tensors : in order of name (UTF-8 bytes). donor : input whose config and other small files are copied.
     tokenizer : input whose tokenizer files are copied. config : fields of config.json to set.
     aliases : tied tensors, left out of the output (name -> name of the tensor that stands for it).
@@ -83,4 +98,5 @@ class ResolvedMerge:
     recipe_file: str = ""
     then: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     custom: Method | None = None
+    output: AdapterOutput | None = None
     warnings: tuple[str, ...] = ()

@@ -95,6 +95,10 @@ def run(
         out=out,
         shard_size=shard_size,
     )
+    if made.merge.output is not None:
+        from .adapterrun import execute_adapter
+
+        return execute_adapter(made, overwrite=overwrite, progress=progress, io=Io(), start=start)
     return execute(made, overwrite=overwrite, progress=progress, io=Io(), start=start)
 
 

@@ -7,8 +7,8 @@ from math import prod
 from typing import Literal
 
 from .._methods import get, names
-from .._methods.matrix import MatrixMethod, MatrixSpec, misfits
-from .._methods.matrix_table import get_matrix
+from .._methods.matrix import Asking, MatrixMethod, MatrixSpec, Wants, misfits
+from .._methods.matrix_table import get_matrix, matrix_names
 from .._methods.modifiers import modified
 from .._methods.protocol import Coeffs, Method, Round, Spec
 from .._methods.spectral.layout import Layout, layout_of
@@ -17,25 +17,32 @@ from ..errors import InputError, PlanError
 from ..ops.selection import Scope
 from ..ops.sums import Segments
 from ..tensors import F64, DType, compute_dtype, tensor_id
-from .adapted import AdaptedCheckpoint, low_rank_sources, module_of
+from .adapted import WORK_COPIES, AdaptedCheckpoint, factor_bytes, low_rank_sources, module_of
 from .resolved import ResolvedMerge, ResolvedTensor, Source, sources_of
 
 __all__ = ["Specs", "method_of", "plain_method", "sources_of"]
 
 
-def plain_method(name: str) -> Method:
+def plain_method(name: str, adapters: bool = False) -> Method:
     """The method that a recipe calls `name`: of rounds and programs, or over matrices.
+
+    adapters : methods that merge nothing but adapters may be meant too, where no other has the name.
 
     Raises
     ------
     ArgumentError : there is none.
     """
-    return get(name) if name in names() else Whole(get_matrix(name, "models"))
+    if name in names():
+        return get(name)
+    alone = adapters and name not in matrix_names("models")
+    return Whole(get_matrix(name, "adapters" if alone else "models"))
 
 
 def method_of(merge: ResolvedMerge) -> Method:
     """The method of a merge, with the modifiers that follow it."""
-    return merge.custom or modified(plain_method(merge.method), [name for name, _ in merge.then])
+    if merge.custom is not None:
+        return merge.custom
+    return modified(plain_method(merge.method, merge.output is not None), [name for name, _ in merge.then])
 
 
 def matrix_spec(spec: Spec, layout: Layout, index: int) -> MatrixSpec:
@@ -76,6 +83,7 @@ class Specs:
         self._position = {index: place for place, index in enumerate(self.members)}
         self.model_scope: Scope | None = None
         self.whole = whole_of(method)
+        self.wants = Wants()
         self.matrices: tuple[int, ...] = ()
         if self.whole is not None:
             self._check_whole(method, self.whole)
@@ -87,6 +95,8 @@ class Specs:
 
     def _is_made(self, index: int) -> bool:
         tensor = self.merge.tensors[index]
+        if self.merge.output is not None:
+            return True  # task vectors are wanted, of full models too
         for source in sources_of(tensor):
             checkpoint = self.merge.inputs[source.input]
             if module_of(checkpoint, source.tensor) is not None:
@@ -104,7 +114,50 @@ class Specs:
         if not method.info.modifiable:
             return False
         state = method.start(self.spec(index))
-        return not (isinstance(state, Round) and state.op == "divergence")
+        by_deltas = not (isinstance(state, Round) and state.op == "divergence")
+        if not by_deltas and self.merge.output is not None:
+            raise InputError(
+                f"{method.info.name} looks at the models themselves and cannot give an adapter", code="output.method"
+            )
+        return by_deltas
+
+    def _check_wants(self, whole: MatrixMethod) -> None:
+        """What a method of adapters asks for."""
+        merge = self.merge
+        first = merge.tensors[self.members[0]].params if self.members else {}
+        self.wants = whole.wants(first, merge.dialect) if isinstance(whole, Asking) else Wants()
+        if self.wants.peft and merge.dialect == "peft":
+            raise InputError(
+                "dialect peft is that of PEFT's files",
+                code="output.dialect",
+                got=whole.info.name,
+                hint="Use `mergekernels lora merge`.",
+            )
+        for index in self.members if self.wants.equal_ranks else ():
+            tensor = merge.tensors[index]
+            modules = (module_of(merge.inputs[s.input], s.tensor) for s in tensor.models)
+            ranks = [m.rank for m in modules if m is not None]
+            if len(set(ranks)) > 1:
+                raise InputError(
+                    f"{whole.info.name} merges adapters of one rank",
+                    code="adapters.ranks",
+                    tensor=tensor.name,
+                    expected="equal ranks",
+                    got=", ".join(map(str, ranks)),
+                )
+
+    def held(self, index: int) -> int:
+        """Bytes beside tiles and statistics while `merge.tensors[index]` is merged in passes: factors, and for an
+        adapter the merged task vector and what its truncation works with.
+        """
+        tensor = self.merge.tensors[index]
+        if tensor.name not in self.generated:
+            return 0
+        compute = self.compute_of(tensor.name)
+        size = factor_bytes(self.merge, tensor, compute)
+        if self.merge.output is not None:
+            size += prod(tensor.shape) * (2 * compute.itemsize + 8 * WORK_COPIES)
+        return size
 
     def read_sources(self, index: int) -> tuple[Source, ...]:
         """Sources of `merge.tensors[index]` of whose stored bytes something is read."""
@@ -121,6 +174,7 @@ class Specs:
 
     def _check_whole(self, method: Method, whole: MatrixMethod) -> None:
         merge = self.merge
+        self._check_wants(whole)
         plain_too = hasattr(whole, "merge_plain")
         found, problems = [], []
         for number, index in enumerate(self.members):
@@ -130,6 +184,10 @@ class Specs:
             layout = self.layout(spec)
             if plain_too or not layout.plain:
                 found.append(index)
+            if layout.count > 1 and self.merge.output is not None:
+                problems.append(
+                    InputError("experts in one tensor can have no factors", code="output.experts", tensor=spec.name)
+                )
             sentences = [] if layout.plain else misfits(whole, matrix_spec(spec, layout, 0))
             if sentences:
                 problems.append(

@@ -47,7 +47,10 @@ def summarise(plan: Plan) -> dict[str, Any]:
             for c in merge.inputs
         ],
         "output": {
-            "files": [{"name": f.name, "bytes": f.size, "tensors": len(f.tensors)} for f in plan.files],
+            "files": [{"name": f.name, "bytes": f.size, "tensors": len(f.tensors)} for f in plan.files]
+            if merge.output is None
+            else [{"name": "adapter_model.safetensors", "bytes": plan.bytes_written, "tensors": 2 * members}],
+            "kind": "checkpoint" if merge.output is None else "adapter",
             "small_files": [s.name for s in plan.small],
             "tensors": len(merge.tensors),
             "bytes": plan.bytes_written,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .._methods.protocol import Coeffs, Method, Round
-from .adapted import factor_bytes
 from .needs import Needs, is_sum, of_scope, of_tensor
 from .resolved import ResolvedTensor, sources_of
 from .specs import Specs
@@ -72,8 +71,7 @@ def survey(specs: Specs, method: Method) -> Survey:
         size = widest(specs, tensor)
         needs = of_tensor(method, spec, state, size)
         if tensor.name in specs.generated:
-            held = factor_bytes(merge, tensor, spec.compute)
-            needs = replace(needs, statistics=needs.statistics + held)
+            needs = replace(needs, statistics=needs.statistics + specs.held(index))
             if specs.generated[tensor.name]:
                 needs = replace(needs, features=needs.features | {"subtract"})
         found = found.joined(needs)

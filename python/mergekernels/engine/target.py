@@ -184,7 +184,8 @@ def not_a_checkpoint(out: Path) -> list[str]:
     names = sorted(os.listdir(out))
     listed = _listed(out)
     weights = any(n.endswith(".safetensors") for n in names)
-    if listed is None and not (weights and ("config.json" in names or _INDEX in names)):
+    beside = {"config.json", "adapter_config.json", _INDEX}
+    if listed is None and not (weights and beside & set(names)):
         return names
     usual = (listed or set()) | {MANIFEST_NAME, ".gitattributes"}
     return [n for n in names if not ((n in usual or n.endswith(_SUFFIXES)) and not (out / n).is_dir())]

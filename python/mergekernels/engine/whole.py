@@ -52,7 +52,8 @@ class TaskVectors:
     """The task vectors of one tensor in memory, filled tile by tile; several workers at once.
 
     Those that are products of an adapter's factors stay factors. specs : what the method is told of the tensor, which
-    it sees as one matrix, or as several (experts). plain : it is no matrix to the method.
+    it sees as one matrix, or as several (experts). plain : it is no matrix to the method. flipped : it sees the weight
+    transposed, because it is stored as (in, out) or is an embedding's.
     """
 
     def __init__(self, ctx: Context, source: OpenTensor, spec: Spec) -> None:
@@ -64,14 +65,16 @@ class TaskVectors:
         self.plain = self.layout.plain
         # Mathematics is done in (out, in), whatever the orientation in which the base stores a weight.
         transposed = any(m.site.kind in ("fan_in_fan_out", "embedding") for m in modules)
-        self._flipped = transposed and not self.plain and self.layout.count == 1
+        self.flipped = transposed and not self.plain and self.layout.count == 1
         self.specs = [self._oriented(matrix_spec(spec, self.layout, i)) for i in range(self.layout.count)]
         self.tiling: Tiling = flat(source.n, source.tile)
         self._dense: dict[int, Any] = {}
         self._stats: dict[int, StreamStats] = {}
 
     def _oriented(self, spec: MatrixSpec) -> MatrixSpec:
-        return replace(spec, shape=spec.shape[::-1]) if self._flipped else spec
+        modules = self._source.made.modules if self._source.made is not None else {}
+        scales = tuple(modules[m].scale if m in modules else 1.0 for m in range(spec.num_models))
+        return replace(spec, shape=spec.shape[::-1] if self.flipped else spec.shape, scales=scales)
 
     @property
     def compute(self) -> DType:
@@ -144,7 +147,7 @@ class TaskVectors:
         device, layout = self._ctx.plan.device, self.layout
         if dense is not None:
             parts = dense.view(layout.count, layout.m, layout.n).to(device)
-            return [self._matrix(p.T if self._flipped else p) for p in parts]
+            return [self._matrix(p.T if self.flipped else p) for p in parts]
         made = self._source.made
         factors = made.factors(model) if made is not None else None
         if factors is None:
@@ -153,7 +156,7 @@ class TaskVectors:
         if self.plain or layout.count > 1:
             product = (b @ a).view(layout.count, layout.m, layout.n)
             return [self._matrix(p) for p in product]
-        return [Factors(a.T, b.T) if self._flipped else Factors(b, a)]
+        return [Factors(a.T, b.T) if self.flipped else Factors(b, a)]
 
     def _matrix(self, matrix: torch.Tensor) -> Delta:
         """A dense task vector; of a model that changes nothing, factors of rank 0."""
@@ -168,7 +171,7 @@ class TaskVectors:
         parts = []
         for result in results:
             dense = result if isinstance(result, torch.Tensor) else result.dense()
-            dense = dense.T if self._flipped else dense
+            dense = dense.T if self.flipped else dense
             parts.append(dense.to("cpu", self._kind).reshape(-1))
         return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 

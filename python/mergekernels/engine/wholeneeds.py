@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from .adapted import factor_bytes, low_rank_sources
+from .adapted import WORK_COPIES, factor_bytes, low_rank_sources
 from .specs import Specs
 
 __all__ = ["whole_bytes"]
-
-_WORK_COPIES = 6
-"""Float64 copies of one matrix to count for what a decomposition works with."""
 
 
 def whole_bytes(specs: Specs, index: int) -> int:
@@ -22,4 +19,4 @@ def whole_bytes(specs: Specs, index: int) -> int:
         return spec.n * wide * (spec.num_models + 2)
     dense = spec.num_models - len(low_rank_sources(specs.merge, tensor))
     held = factor_bytes(specs.merge, tensor, spec.compute)
-    return spec.n * (wide * (dense + 1) + 8 * _WORK_COPIES) + 2 * held
+    return spec.n * (wide * (dense + 1) + 8 * WORK_COPIES) + 2 * held

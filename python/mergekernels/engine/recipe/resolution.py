@@ -16,6 +16,7 @@ from ...formats.checkpoint import Checkpoint
 from ...tensors import dtype_of
 from ..resolved import ResolvedMerge
 from ..specs import plain_method
+from .adapterout import as_adapter, refusals
 from .assemble import Assembler
 from .chat import NAMED, chat_template, commonest
 from .config import output_config
@@ -127,8 +128,14 @@ class _Resolution:
         if self.problems:
             raise self._failure()
         self._unused(shared, slices)
+        if schema.output is not None:
+            only = schema.merge_method not in (*names(), *matrix_names("models"))
+            sentences = refusals(method, schema.base_model is not None, schema.slices is not None, only, checkpoints)
+            self.problems += [self._error(("output",), f"output: {text}", code="recipe.output") for text in sentences]
+            if self.problems:
+                raise self._failure()
         donor = self._donor(slices)
-        return ResolvedMerge(
+        merge = ResolvedMerge(
             method=schema.merge_method,
             then=tuple((e.name, dict(e.parameters or {})) for e in schema.then if e is not None),
             dialect=schema.dialect,
@@ -153,6 +160,11 @@ class _Resolution:
             recipe_file=self.document.file,
             warnings=tuple(dict.fromkeys(map(self._anywhere, self.warnings))),
         )
+        if schema.output is not None:
+            merge, self.problems = as_adapter(merge, schema.output, schema.out_dtype)
+            if self.problems:
+                raise self._failure()
+        return merge
 
     def _error(self, loc: tuple[str | int, ...], message: str, **fields: Any) -> RecipeError:
         fields.setdefault("code", "recipe.value")
@@ -179,7 +191,10 @@ class _Resolution:
     def _method(self) -> Method | None:
         """The method; None after noting that there is none."""
         schema = self.schema
-        known = list(dict.fromkeys((*names(), *matrix_names("models"))))
+        adapters = schema.output is not None
+        known = list(
+            dict.fromkeys((*names(), *matrix_names("models"), *(matrix_names("adapters") if adapters else ())))
+        )
         if not schema.merge_method:
             return None
         if schema.merge_method not in known:
@@ -193,7 +208,7 @@ class _Resolution:
             )
             self.problems.append(error)
             return None
-        method = plain_method(schema.merge_method)
+        method = plain_method(schema.merge_method, adapters)
         if whole_of(method) is not None and method.info.companions:
             self.problems.append(
                 self._error(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...errors import MergeError, RecipeError, cut
+from ..resolved import AdapterOutput
 from . import values
 from .source import Document
 from .values import A_WRONG_VALUE, PLANNED, Loc, Reference, Wrong, nearest
@@ -69,6 +70,7 @@ class RecipeSchema:
     nan: Literal["error", "propagate"] = "error"
     layers: str | None = None
     then: tuple[ThenEntry | None, ...] = ()
+    output: AdapterOutput | None = None
 
 
 def validate(document: Document, *, lenient: bool) -> tuple[RecipeSchema, list[str], list[MergeError], bool]:
@@ -139,10 +141,11 @@ class _Checker:
                 "nan": values.nan,
                 "layers": values.layers,
                 "then": self.list_of(self.modifier),
+                "output": values.output,
             },
             ("merge_method",),
         )
-        names = ("merge_method", "models", "slices", "base_model", "layers", "then")
+        names = ("merge_method", "models", "slices", "base_model", "layers", "then", "output")
         if fields is None or any(data.get(name) is not None and name not in fields for name in names):
             self.whole = False
         fields = {"merge_method": "", **(fields or {})}

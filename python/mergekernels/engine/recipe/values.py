@@ -7,6 +7,7 @@ from typing import Any
 
 from ...errors import cut, nearest
 from ...tensors import FLOAT_DTYPES
+from ..resolved import AdapterOutput
 
 __all__ = [
     "A_WRONG_VALUE",
@@ -20,6 +21,7 @@ __all__ = [
     "mapping",
     "nan",
     "nearest",
+    "output",
     "reference",
     "seed",
     "string",
@@ -33,7 +35,6 @@ PLANNED = {
     "modules": "recipes for models of several modules are planned; use models: or slices: for the whole checkpoint",
     "residual_weight": "mergekit reads residual_weight and never uses it; remove it",
     "name": "named results of recipes with several documents are planned; run one recipe per document",
-    "output": "adapters as results are planned; the result is a full checkpoint",
     "override_architecture": "there is no table of architectures here; remove it",
 }
 """Keys of the language that this version refuses by name."""
@@ -86,6 +87,33 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def output(value: Any, loc: Loc) -> AdapterOutput | None:
+    """What to write: None for a checkpoint."""
+    if not isinstance(value, dict):
+        raise Wrong(A_WRONG_VALUE, "a mapping, such as {kind: adapter, rank: 16}")
+    extra = [key for key in value if key not in _OUTPUT]
+    if extra:
+        raise Wrong(f"unknown key '{cut(str(extra[0]))}'", "one of " + ", ".join(_OUTPUT), nearest(extra[0], _OUTPUT))
+    kind = value.get("kind")
+    if kind not in ("checkpoint", "adapter"):
+        raise Wrong("has no known kind", "kind: adapter, or kind: checkpoint")
+    if kind == "checkpoint":
+        if len(value) > 1:
+            raise Wrong("a checkpoint has no rank, energy or spread", "{kind: checkpoint}")
+        return None
+    rank, energy, spread = value.get("rank"), value.get("energy"), value.get("spread", "b")
+    if rank is not None and not (_is_integer(rank) and rank >= 1):
+        raise Wrong("rank is not usable", "an integer of at least 1")
+    number = isinstance(energy, (int, float)) and not isinstance(energy, bool)
+    if energy is not None and not (number and 0.0 < energy <= 1.0):
+        raise Wrong("energy is not usable", "a number in (0, 1]")
+    if (rank is None) == (energy is None):
+        raise Wrong("an adapter has a rank or an energy", "one of the two")
+    if spread not in ("b", "sqrt", "a"):
+        raise Wrong("spread is not usable", "b, sqrt or a")
+    return AdapterOutput(rank, None if energy is None else float(energy), spread)
+
+
 def seed(value: Any, loc: Loc) -> int:
     """An unsigned integer of 64 bits."""
     if not _is_integer(value) or not 0 <= value < 2**64:
@@ -127,6 +155,7 @@ def layers(value: Any, loc: Loc) -> str:
     return value
 
 
+_OUTPUT = ("kind", "rank", "energy", "spread")
 _KEYS = ("model", "path", "revision", "lora")
 
 
