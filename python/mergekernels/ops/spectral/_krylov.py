@@ -24,6 +24,8 @@ __all__ = ["Ritz", "Want", "krylov"]
 
 SPARE = 4  # pairs beyond the k-th that a restart keeps at least
 MAX_ROUNDS = 40
+GAP = 0.98
+"""Ratio of squares at the cut below which the truncation itself, not only its quality, is well defined and wanted."""
 EIGEN = 120.0
 """Times p^3: an eigenvalue decomposition of T costs 30 p^3, as measured, and may cost a quarter of a block."""
 
@@ -220,6 +222,8 @@ class _Run:
             gain = float((residuals.square() / (kept - outside).clamp_min(1e-300)).sum())
             rest = max(0.0, self.want.total - float(kept.sum()))
             converged = gain <= max(2.5e-5 * rest, 1e-13 * self.want.total)
+            if found and found < len(squares) and float(squares[found]) < GAP * float(kept[-1]):
+                converged = converged and gain <= 2e-12 * float(kept.sum())
         if not converged:
             return None
         columns = min(self.p, found + max(SPARE, step))

@@ -21,6 +21,7 @@ __all__ = ["ROUTES", "Pairs", "leading"]
 ROUTES = ("auto", "core", "implicit", "dense", "whole")
 STEEP = 30.0  # sigma_1 / sigma_k above which float32 products blur the last directions
 
+EXACT = 3.0  # how much longer the core may take than an iteration: it gives the truncation itself
 CLEAN = 1e-8  # share of energy outside below which X is as good as of low rank
 
 
@@ -106,7 +107,7 @@ def cheapest(x: Map, rank: int, energy: float | None, warm: bool) -> str:
             norm = min(form, 2.0 * (m + n) * inner**2)  # to know what is lost, without the product
             costs["implicit"] = norm + 4.0 * columns * x.work + own
     if isinstance(x, FactorMap):
-        costs["core"] = (m + n) * inner * (6.0 * inner + 12.0 * k) + 150.0 * inner**3
+        costs["core"] = ((m + n) * inner * (6.0 * inner + 12.0 * k) + 150.0 * inner**3) / EXACT
     return min(costs, key=lambda name: costs[name])
 
 
