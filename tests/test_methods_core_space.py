@@ -84,7 +84,8 @@ def test_ties_keeps_a_tenth_by_default() -> None:
 @pytest.mark.parametrize(
     ("inner", "params"),
     [
-        ("dare_ties", {"density": 0.5}),
+        ("dare_ties", {"density": 0.5, "trim": 1.0}),
+        ("dare_ties", {"density": 0.5, "trim": 0.3}),
         ("dare_linear", {"density": 0.5}),
         ("della", {"density": 0.6, "epsilon": 0.1}),
         ("breadcrumbs", {"density": 0.7, "gamma": 0.05}),

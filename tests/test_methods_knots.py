@@ -91,7 +91,7 @@ def test_thresholds_are_exact() -> None:
     parts = tied.rows(0, tied.rank, torch.float32)
     n = parts[0].numel()
     result = merge_one("knots", given, density=0.25, weights=[1.0, 0.0])
-    z = tied.u.T @ result
+    z = tied.basis().T @ result
     count = int(0.25 * n) + 1
     tau = parts[0].abs().flatten().sort(descending=True).values[count - 1]
     # Of the first adapter, everything above the threshold that wins its vote is there, and nothing below.
@@ -144,7 +144,7 @@ def test_singular_values(kind: str) -> None:
     k = tied.rank
     assert k == 24
     assert float((tied.s - want[:k]).abs().max()) < 1e-10 * float(want[0])
-    assert float((tied.u.T @ tied.u - torch.eye(k, dtype=torch.float64)).abs().max()) < 1e-12
+    assert float((tied.basis().T @ tied.basis() - torch.eye(k, dtype=torch.float64)).abs().max()) < 1e-12
 
 
 def test_cuts() -> None:
@@ -186,7 +186,7 @@ def test_dare_ties_is_the_library_call_on_the_coordinates() -> None:
     u, parts = brute_parts(given)
     merged = mergekernels.merge(
         [p.contiguous() for p in parts], "dare_ties", base=torch.zeros_like(parts[0]), density=0.4, dialect="paper",
-        weights=1.0, name="layers.0.q_proj", seed=5,
+        trim=1.0, weights=1.0, name="layers.0.q_proj", seed=5,
     )  # fmt: skip
     got = merge_one("knots", given, inner="dare_ties", density=0.4, seed=5)
     assert relative(got, u @ merged) < 1e-9
@@ -197,10 +197,23 @@ def test_dare_ties_is_the_library_call_on_the_coordinates() -> None:
     )
 
 
+def test_dare_ties_trims_over_all_modules() -> None:
+    """With a trim, thresholds are searched among what the masks left of the whole model."""
+    given = family()
+    whole = merge_all("knots", given, inner="dare_ties", density=0.5, seed=3)
+    trimmed = merge_all("knots", given, inner="dare_ties", density=0.5, trim=0.1, seed=3)
+    everything = merge_all("knots", given, inner="dare_ties", density=0.5, trim=0.9, seed=3)
+    count = sum(r.report["rank"] * given[n][0].shape[1] for n, r in trimmed.items())
+    for name in given:
+        assert relative(dense(everything[name].delta), dense(whole[name].delta)) < 1e-9
+    left = sum(int((x.delta.a.abs() > 1e-7).sum()) for x in trimmed.values() if isinstance(x.delta, Factors))
+    assert 0.1 * count <= left <= 0.3 * count + 3  # three adapters, a tenth each
+
+
 def test_masks_drop_the_share_that_is_asked() -> None:
     given = [product(64, 400, 16, 1)]
     tied = tie(given, None, False)
-    z = tied.u.T @ merge_one("knots", given, inner="dare_ties", density=0.9)
+    z = tied.basis().T @ merge_one("knots", given, inner="dare_ties", density=0.9)
     share = float((z.abs() > 1e-5).double().mean())
     assert abs(share - 0.9) < 0.02
     whole = tied.rows(0, tied.rank, torch.float32)[0].double()

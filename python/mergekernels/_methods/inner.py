@@ -32,6 +32,7 @@ ELEMENTWISE = tuple(
 )
 """The methods of models that merge task vectors entry by entry."""
 
+_PAPER = ("trim",)  # parameters of the paper's dialect alone
 # The outer method has these itself, or they mean nothing in its coordinates.
 _OUTER = ("weight", "lambda", "inner", "scope", "int8_mask")
 
@@ -113,7 +114,7 @@ class Inner:
                     got=param,
                 )
         for param, value in defaults.items():
-            if own[param].keyword not in arguments:
+            if own[param].keyword not in arguments and (dialect == "paper" or param not in _PAPER):
                 arguments[own[param].keyword] = value
         if "scope" in own and "inner" not in own:
             arguments["scope"] = scope

@@ -60,22 +60,30 @@ class Coordinates:
 
 @dataclass(frozen=True)
 class Place:
-    """A module's coordinates: their shape, and dtype ("F32" or "F64"); seed of the merge."""
+    """A module's coordinates: their shape, and dtype ("F32" or "F64"); seed of the merge.
+
+    hint : what the outer method wants to have again in the passes that follow; small.
+    """
 
     shape: tuple[int, int]
     compute: str
     seed: int
+    hint: Any = None
 
 
 @dataclass(frozen=True)
 class Passing(Again):
-    """A pass that is due. round : what it measures. scope, shapes, names : the modules in name order."""
+    """A pass that is due.
+
+    round : what it measures. scope, shapes, names : the modules in name order. hints : of their places, by name.
+    """
 
     round: Round
     scope: Scope
     names: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
     seed: int
+    hints: Mapping[str, Any]
 
     def spec(self, inner: Inner, name: str) -> Spec:
         """One module as the inner method sees it."""
@@ -84,13 +92,14 @@ class Passing(Again):
 
 @dataclass(frozen=True)
 class Resolved:
-    """What the passes have resolved. scope, shapes, names : as in `Passing`."""
+    """What the passes have resolved. scope, shapes, names, hints : as in `Passing`."""
 
     coeffs: Coeffs
     scope: Scope
     names: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
     seed: int
+    hints: Mapping[str, Any]
 
 
 def _spec(state: Passing | Resolved, inner: Inner, i: int) -> Spec:
@@ -109,14 +118,15 @@ def begin(inner: Inner, places: Mapping[str, Place]) -> Passing | Resolved:
     scope = Scope(tuple(offsets), tuple(tensor_id(name) for name in names), n, "F64" if compute == "F64" else "F32")
     shapes = tuple(places[name].shape for name in names)
     seed = places[names[0]].seed
-    state = Resolved(Coeffs(), scope, names, shapes, seed)
+    hints = {name: places[name].hint for name in names}
+    state = Resolved(Coeffs(), scope, names, shapes, seed, hints)
     return _next(state, inner.method.start(_spec(state, inner, 0)))
 
 
 def _next(at: Passing | Resolved, found: Round | Coeffs) -> Passing | Resolved:
     if isinstance(found, Round):
-        return Passing(found, at.scope, at.names, at.shapes, at.seed)
-    return Resolved(found, at.scope, at.names, at.shapes, at.seed)
+        return Passing(found, at.scope, at.names, at.shapes, at.seed, at.hints)
+    return Resolved(found, at.scope, at.names, at.shapes, at.seed, at.hints)
 
 
 def measure_pass(inner: Inner, state: Passing, coordinates: Coordinates) -> tuple[Any, int]:

@@ -25,7 +25,7 @@ _SUMS = ("task_arithmetic",)
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "ties": {"density": 0.1},
     "dare_linear": {"density": 0.7},
-    "dare_ties": {"density": 0.7},
+    "dare_ties": {"density": 0.7, "trim": 1.0},
 }
 _GAP = 1e-6
 
@@ -92,7 +92,8 @@ class CoreSpace(PerModule):
         deviations=(
             "thresholds of ties count at most 64 adapters, as every element-wise method here; sums, tsv_m and iso_c "
             "have no limit",
-            "ties keeps 10 % of each core and dare 70 % unless density says otherwise, as the authors' settings",
+            "ties keeps 10 % of each core and dare 70 % unless density says otherwise, as the authors' settings; "
+            "dare_ties trims nothing unless trim says so",
             "directions that no adapter has get no strength from flatten",
         ),
     )

@@ -10,7 +10,7 @@ from ...errors import MergeError
 from ..adapters.common import FOLD_SCALE, LAMBDA, MANY, WEIGHT
 from ..factor_space import all_factors, weighted
 from ..inner import Inner, inner_params
-from ..inner_scope import Coordinates, Passing, Place, advance, begin, measure_pass, resolve_alone, write
+from ..inner_scope import Coordinates, Passing, Place, Resolved, advance, begin, measure_pass, resolve_alone, write
 from ..matrix import MatrixSpec, Merged
 from ..protocol import MethodInfo, Param
 from .common import CONV, EXCLUDE, EXPERTS
@@ -25,9 +25,10 @@ __all__ = ["Knots"]
 
 _ELEMENTWISE = ("ties", "dare_ties")
 _INNER = (*_ELEMENTWISE, "task_arithmetic", "tsv_m", "iso_c")
-_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"ties": {"density": 0.2}, "dare_ties": {"density": 0.9}}
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"ties": {"density": 0.2}, "dare_ties": {"density": 0.9, "trim": 1.0}}
 _ABSOLUTE = {"code": 1e-5, "fusionbench": 1e-4}
 _GAP = 1e-6
+_SMALL = 1 << 16
 
 
 class Knots:
@@ -87,7 +88,8 @@ class Knots:
         deviations=(
             "weights multiply the entries that agree, after the election; the authors' code multiplies all adapters by "
             "the first coefficient",
-            "ties keeps 20 % and dare_ties 90 % unless density says otherwise, as the authors' settings for ViT-B",
+            "ties keeps 20 % and dare_ties 90 % unless density says otherwise, and dare_ties trims nothing unless trim "
+            "does, as the authors' settings for ViT-B",
             "masks of dare_ties come from Philox",
             "bases of equal singular values are arbitrary, as in every implementation; a relative difference below "
             "1e-6 is reported",
@@ -121,7 +123,7 @@ class Knots:
 
     def measure(self, spec: MatrixSpec, deltas: Sequence[Delta], state: Any = None) -> Any:
         """The size of the coordinates first, then the passes of the inner method."""
-        return _measure(spec, _tied(spec, deltas), state)
+        return _measure(spec, _tied(spec, deltas, state, basis=False), state)
 
     def resolve(self, params: Mapping[str, Any], measured: Mapping[str, Any], state: Any = None) -> Any:
         """The next pass, or the inner method's coefficients."""
@@ -130,12 +132,12 @@ class Knots:
 
     def merge(self, spec: MatrixSpec, deltas: Sequence[Delta], state: Any = None) -> Merged:
         """The merged right part on the shared basis: factors at its rank, dense for dense deltas."""
-        tied = _tied(spec, deltas)
+        tied = _tied(spec, deltas, state)
         name = spec.params["inner"]
         report: dict[str, Any] = {"rank": tied.rank, "inner": name}
         warnings: tuple[str, ...] = ()
         if tied.rank == 0:
-            return Merged(_back(spec, tied, tied.u.new_zeros(0, tied.n)), report, warnings)
+            return Merged(_back(spec, tied, tied.basis().new_zeros(0, tied.shape[1])), report, warnings)
         if name in _ELEMENTWISE:
             if state is None:
                 place = _measure(spec, tied, None)
@@ -157,15 +159,15 @@ def _inner(params: Mapping[str, Any]) -> Inner:
     return Inner.of(name, params, params["weight"], params["scope"], _DEFAULTS[name])
 
 
-def _tied(spec: MatrixSpec, deltas: Sequence[Delta]) -> Tied:
-    """The basis; of the transposes for stack rows."""
+def _tied(spec: MatrixSpec, deltas: Sequence[Delta], state: Passing | Resolved | None, basis: bool = True) -> Tied:
+    """The basis; of the transposes for stack rows. What an earlier pass has kept is used."""
+    small = None if state is None else state.hints[spec.name]
     cut = spec.params["cut"]
     if cut is None:
         cut = _ABSOLUTE.get(spec.dialect)
     deltas = list(deltas)
-    return tie(
-        [_transposed(d) for d in deltas] if spec.params["stack"] == "rows" else deltas, cut, spec.dialect in _ABSOLUTE
-    )
+    rows = spec.params["stack"] == "rows"
+    return tie([_transposed(d) for d in deltas] if rows else deltas, cut, spec.dialect in _ABSOLUTE, small, basis)
 
 
 def _transposed(delta: Delta) -> Delta:
@@ -180,7 +182,7 @@ def _back(spec: MatrixSpec, tied: Tied, merged: Delta) -> Delta:
 
     first = tied.deltas[0]
     dtype = first.b.dtype if isinstance(first, Factors) else first.dtype
-    u = tied.u.to(dtype)
+    u = tied.basis().to(dtype)
     result: Delta
     if isinstance(merged, Factors):
         result = Factors(u @ merged.b.to(dtype), merged.a.to(dtype))
@@ -200,7 +202,7 @@ def _dtype(compute: str) -> torch.dtype:
 def _coordinates(spec: MatrixSpec, tied: Tied, dtype: torch.dtype) -> Coordinates:
     return Coordinates(
         spec.name,
-        (tied.rank, tied.n),
+        (tied.rank, tied.shape[1]),
         spec.num_models,
         dtype.itemsize,
         lambda first, last: tied.rows(first, last, dtype),
@@ -213,7 +215,10 @@ def _measure(spec: MatrixSpec, tied: Tied, state: Passing | None) -> Any:
 
         first = tied.deltas[0]
         wide = str(first.b.dtype if isinstance(first, Factors) else first.dtype) == "torch.float64"
-        return Place((tied.rank, tied.n), "F64" if wide else "F32", spec.seed)
+        # Kept for the passes that follow unless it is large beside the statistics that they measure.
+        small = tied.small
+        hint = small if small is not None and small.coefficients.numel() <= _SMALL else None
+        return Place((tied.rank, tied.shape[1]), "F64" if wide else "F32", spec.seed, hint)
     return measure_pass(_inner(spec.params), state, _coordinates(spec, tied, _dtype(state.scope.compute)))
 
 
@@ -242,5 +247,5 @@ def _rotation_free(spec: MatrixSpec, tied: Tied) -> Delta:
         return sum(dense[1:], dense[0])
     method = get_matrix(name, "models")
     bound = bind_matrix(method, {}, spec.num_models, "default", spec.name)
-    inside = replace(spec, shape=(tied.rank, tied.n), params=bound, dialect="default")
+    inside = replace(spec, shape=(tied.rank, tied.shape[1]), params=bound, dialect="default")
     return method.merge(inside, parts).delta
