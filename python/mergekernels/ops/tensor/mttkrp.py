@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..._backends import _triton_mttkrp as kernels
 from ...errors import ArgumentError
 from ..spectral.sharded import Sharded
 from .stack import Stack, is_module, stacks_of
@@ -25,6 +26,8 @@ def mttkrp(stack: Any, factors: Any, mode: int) -> Any:
     V (n, c)] for each module; the one of `mode` is not read and may be None.
     Returns M in float64, for a list of modules a list. B in row shards (A in column shards) take U (V) in the same
     shards or whole and return M of mode 1 (mode 2) whole; only P and S, (R, c), cross the cut.
+    On a GPU with Triton, float32 stacks are multiplied in float32 (error about R eps of the sums
+    of magnitudes); everything else in float64.
     Errors: ArgumentError, DataError for NaN or Inf.
     """
     if mode not in (0, 1, 2):
@@ -58,6 +61,8 @@ def _one(stack: Stack, factors: Any, mode: int) -> torch.Tensor:
                 got=str(tuple(x.shape)) if isinstance(x, torch.Tensor) else type(x).__name__,
             )  # fmt: skip
         wide.append(x.to(stack.b.device, torch.float64))
+    if isinstance(stack.b, torch.Tensor) and isinstance(stack.at, torch.Tensor) and kernels.serves(stack.b):
+        return _on_gpu(stack.b, stack.at, stack.ranks, wide, mode)
     owner = torch.repeat_interleave(torch.arange(tasks), torch.tensor(stack.ranks)).to(stack.b.device)
     if mode == 1:
         return _times(stack.b, _inner(stack.at, wide[2]) * wide[0][owner])
@@ -66,6 +71,18 @@ def _one(stack: Stack, factors: Any, mode: int) -> torch.Tensor:
     products = _inner(stack.at, wide[2]) * _inner(stack.b, wide[1])
     indicator = (torch.arange(tasks, device=owner.device)[:, None] == owner).to(torch.float64)
     return indicator @ products
+
+
+def _on_gpu(b: torch.Tensor, at: torch.Tensor, ranks: tuple[int, ...], factors: list[Any], mode: int) -> torch.Tensor:
+    """Thin products by the library in float32, the gather by task fused with what follows."""
+    import torch
+
+    c, u, v = (torch.empty(0) if x is None else x.to(torch.float32) for x in factors)
+    if mode == 1:
+        return kernels.outer(b, at.mT @ v, c, ranks).to(torch.float64)
+    if mode == 2:
+        return kernels.outer(at, b.mT @ u, c, ranks).to(torch.float64)
+    return kernels.task_sums(at.mT @ v, b.mT @ u, ranks)
 
 
 def _inner(x: Any, factor: torch.Tensor) -> torch.Tensor:
