@@ -26,7 +26,10 @@ SITES = [
 METHODS = matrix_names("adapters")
 RANDOM = ("dare",)
 ORDERED = {"opcm": "a stream", "tc_lora": "iterations from a start", "lora_lego": "clusters from seeded centres"}
-MORE: dict[str, dict[str, Any]] = {"low_rank": {"rank": 2}}
+MORE: dict[str, dict[str, Any]] = {
+    "low_rank": {"rank": 2},
+    "tc_lora": {"n_starts": 1, "max_iter": 10},  # the properties do not need a converged fit
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
