@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import mergekernels as mk
 from mergekernels import ops
-from mergekernels.adapters.model import Factors
+from mergekernels.adapters.model import Adapter, Factors, Module, Site
 
 COUNT, RANK = 8, 16
 WEIGHTS = [1.0, 0.5, -0.25, 0.75, 1.0, 0.3, 0.6, -1.0]
@@ -164,3 +164,72 @@ def test_svd_of_a_set_with_files(versus: Any, tmp_path: Path) -> None:
     versus(
         "svd, a set", f"{modules} modules of {side} x {side}, files", ours, {"PEFT's formula": peer}, worst, 1e-5
     )  # fmt: skip
+
+
+def in_memory(parts: list[Factors]) -> list[Adapter]:
+    """Each product as an adapter of one module."""
+    m, n = parts[0].shape
+    site = Site("layer", "linear", (m, n))
+    made = []
+    for i, part in enumerate(parts):
+        load = (lambda p: lambda: (p.b, p.a))(part)
+        made.append(Adapter(f"a{i}", {"layer": Module(site, RANK, float(RANK), 1.0, "F32", load)}))
+    return made
+
+
+def test_svd_with_other_weights(versus: Any) -> None:
+    """A second merge of the same adapters, beside the first one anew."""
+    side = 512 if versus.quick else 2048
+    given = in_memory([adapter(side, side, i) for i in range(COUNT)])
+    prepared = mk.prepare_adapters(given, "svd", rank=RANK)
+
+    def factors(merged: mk.MergedAdapter) -> tuple[torch.Tensor, torch.Tensor]:
+        found = merged.modules["layer"][1]
+        return found.b, found.a
+
+    versus(
+        "svd, other weights", f"8 of rank 16 on {side} x {side}", lambda: factors(prepared.merge(WEIGHTS)),
+        {
+            "merge_adapters": lambda: factors(mk.merge_adapters(given, "svd", weights=WEIGHTS, rank=RANK)),
+            "PEFT's formula": lambda: peft_svd([a.modules["layer"].factors() for a in given]),
+        },
+        distance, 1e-5,
+    )  # fmt: skip
+
+
+def peft_ties(parts: list[Factors], density: float) -> torch.Tensor:
+    """The merged matrix of ties_svd by PEFT's formula: all deltas at once, topk, votes."""
+    deltas = []
+    for part in parts:
+        delta = part.b @ part.a
+        kept = torch.topk(delta.abs().reshape(-1), int(density * delta.numel())).indices
+        mask = torch.zeros(delta.numel())
+        mask[kept] = 1
+        deltas.append(delta * mask.reshape(delta.shape))
+    stack = torch.stack(deltas)
+    agree = stack.sign() == torch.where(stack.sum(0) >= 0, 1, -1)
+    weighted = stack * torch.tensor(WEIGHTS[: len(parts)]).reshape(-1, 1, 1)
+    return (weighted * agree).sum(0) / agree.sum(0).clamp(min=1.0)
+
+
+def test_ties_svd(versus: Any) -> None:
+    """The error is how much worse the approximation is than the peer's, which is the best one."""
+    side = 512 if versus.quick else 2048
+    parts = [adapter(side, side, i) for i in range(COUNT)]
+    given = in_memory(parts)
+    whole = peft_ties(parts, 0.3)
+
+    def ours() -> tuple[torch.Tensor, torch.Tensor]:
+        merged = mk.merge_adapters(given, "ties_svd", weights=WEIGHTS, density=0.3, rank=RANK)
+        found = merged.modules["layer"][1]
+        return found.b, found.a
+
+    def theirs() -> tuple[torch.Tensor, torch.Tensor]:
+        u, s, vh = torch.linalg.svd(peft_ties(parts, 0.3))
+        return u[:, :RANK] @ torch.diag(s[:RANK]), vh[:RANK]
+
+    def excess(one: tuple[torch.Tensor, torch.Tensor], two: tuple[torch.Tensor, torch.Tensor]) -> float:
+        rests = [float((whole.double() - b.double() @ a.double()).norm()) for b, a in (one, two)]
+        return abs(rests[0] / rests[1] - 1.0)
+
+    versus("ties_svd", f"8 of rank 16 on {side} x {side}", ours, {"PEFT's formula": theirs}, excess, 1e-4)

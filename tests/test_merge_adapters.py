@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -275,6 +277,28 @@ def test_many_adapters_are_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> No
     assert "16000" in merged.report.modules["wide"].route
     want = best(weighted(group, [1e-3] * 1000, "wide"), 16)
     assert error(matrix(merged, "wide"), want) < 1e-5
+
+
+@pytest.mark.slow
+def test_types_on_deltas_hold_few_dense_matrices() -> None:
+    """Eight adapters on 2048 x 2048: PEFT's formula holds 40 dense matrices and more, a fifth would be eight."""
+    code = """
+import resource, sys
+import torch
+from adapter_cases import adapters, site
+import mergekernels as mk
+torch.set_num_threads(1)
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+mk.merge_adapters(adapters(2, [site("small", 600, 600)], [16]), "ties_svd", density=0.3, rank=16)
+group = adapters(8, [site("large", 2048, 2048)], [16])
+before = peak()
+mk.merge_adapters(group, "ties_svd", density=0.3, rank=16)
+print((peak() - before) / (2048 * 2048 * 4 / 1024))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 8
 
 
 def test_batches_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
