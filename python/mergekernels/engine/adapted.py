@@ -130,12 +130,18 @@ def low_rank_sources(merge: ResolvedMerge, tensor: ResolvedTensor) -> frozenset[
 
 def same_bytes(merge: ResolvedMerge, one: Source, other: Source) -> bool:
     """Whether two sources are stored at one place: a model under an adapter that is the base itself."""
-    places = []
-    for source in (one, other):
-        checkpoint = merge.inputs[source.input]
-        if isinstance(checkpoint, AdaptedCheckpoint) and source is other and module_of(checkpoint, source.tensor):
-            return False  # an adapter on the base itself: what it stores are not its values
-        info = checkpoint.tensors[source.tensor]
-        file = checkpoint.files[info.file]
-        places.append((file.inode, file.size, file.mtime_ns, str(file.path.resolve()), info.offset))
-    return places[0] == places[1]
+    first, second = merge.inputs[one.input], merge.inputs[other.input]
+    if module_of(second, other.tensor) is not None:
+        return False  # an adapter on the base itself: what it stores are not its values
+    if first.tensors[one.tensor].offset != second.tensors[other.tensor].offset:
+        return False
+    mine, its = _file(first, one.tensor), _file(second, other.tensor)
+    if mine is its:
+        return True
+    if (mine.inode, mine.size, mine.mtime_ns) != (its.inode, its.size, its.mtime_ns):
+        return False
+    return os.path.samefile(mine.path, its.path)
+
+
+def _file(checkpoint: Checkpoint, name: str) -> ShardFile:
+    return checkpoint.files[checkpoint.tensors[name].file]

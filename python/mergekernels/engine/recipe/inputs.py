@@ -30,6 +30,7 @@ class Inputs:
         self.checkpoints: list[Checkpoint] = []
         self.problems: list[MergeError] = []
         self._known: dict[str, int] = {}
+        self._opened: dict[str, Checkpoint] = {}
         self._labels: dict[str, int] = {}
         self.failed: set[str] = set()
 
@@ -50,15 +51,19 @@ class Inputs:
             if key in self._known:
                 self._labels[label] = self._known[key]
                 return self._known[key]
-            checkpoint = open_checkpoint(path, label=label)
-            _refuse_quantised(checkpoint)
+            checkpoint = self._open(path, label)
             if lora is not None:
                 checkpoint = adapt(checkpoint, lora, label)
         except MergeError as error:
             self.failed.add(label)
             for problem in error.problems if isinstance(error, PlanError) else [error]:
+                line = self.document.line(loc)
                 if problem.file is None:
-                    problem.file, problem.line = self.document.file or None, self.document.line(loc)
+                    problem.file, problem.line = self.document.file or None, line
+                elif line is not None and "+" in label:
+                    # The file is the adapter's, or that of the model under it.
+                    named = f"Named on line {line} of the recipe"
+                    problem.hint = f"{problem.hint}. {named}" if problem.hint else named
                 self.problems.append(problem)
             return None
         position = self._known[key] = self._labels[label] = len(self.checkpoints)
@@ -68,6 +73,16 @@ class Inputs:
     def position(self, label: str) -> int:
         """The position of a model that was added under this name."""
         return self._labels[label]
+
+    def _open(self, path: Path, label: str) -> Checkpoint:
+        """A model's headers, read once however many adapters are on it."""
+        known = self._opened.get(os.path.abspath(path))
+        if known is not None:
+            return replace(known, label=label)
+        checkpoint = open_checkpoint(path, label=label)
+        _refuse_quantised(checkpoint)
+        self._opened[os.path.abspath(path)] = checkpoint
+        return checkpoint
 
     def _parts(self, reference: Reference) -> tuple[Reference, Reference | None]:
         """The model, and the adapter on it: `model+adapter`, unless a file has that name."""
