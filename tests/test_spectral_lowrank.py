@@ -205,7 +205,7 @@ def test_the_route_follows_the_work():
         return Factors(torch.zeros(m, r), torch.zeros(r, n))
 
     assert route(zeros(2048, 2048, 128), 16) == "core"
-    assert route(zeros(4096, 4096, 512), 16) == "implicit"
+    assert route(zeros(4096, 4096, 1024), 16) == "implicit"
     assert route(zeros(512, 512, 2000), 16) == "dense"
     assert route(torch.zeros(64, 64), 16) == "whole"
     assert route(torch.zeros(1024, 1024), 16) == "dense"

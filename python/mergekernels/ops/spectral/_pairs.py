@@ -90,8 +90,7 @@ def leading(
 def cheapest(x: Map, rank: int, energy: float | None, warm: bool) -> str:
     """The route with the fewest operations, counted as float32 ones; float64 products count three times.
 
-    Decompositions count as they were measured against products (LAPACK, one core): 30 n^3 for eigenvectors, 100 n^3 for
-    singular vectors.
+    Decompositions count as they were measured against products (LAPACK, one core): 30 n^3, and more when small.
     """
     m, n = x.shape
     small = min(m, n)
@@ -107,7 +106,7 @@ def cheapest(x: Map, rank: int, energy: float | None, warm: bool) -> str:
             norm = min(form, 2.0 * (m + n) * inner**2)  # to know what is lost, without the product
             costs["implicit"] = norm + 4.0 * columns * x.work + own
     if isinstance(x, FactorMap):
-        costs["core"] = ((m + n) * inner * (6.0 * inner + 12.0 * k) + 150.0 * inner**3) / EXACT
+        costs["core"] = ((m + n) * inner * (6.0 * inner + 12.0 * k) + 80.0 * inner**3) / EXACT
     return min(costs, key=lambda name: costs[name])
 
 
@@ -133,17 +132,21 @@ def _core(x: FactorMap, rank: int, energy: float | None) -> Pairs:
     left, right = x.grams
     # Units balanced by powers of two, exactly: a small column beside a large row still counts.
     balance = power_of_two((right.diagonal().clamp_min(1e-300) / left.diagonal().clamp_min(1e-300)).sqrt().sqrt())
-    rb = root(left * balance * balance[:, None])
-    ra = root(right / balance / balance[:, None])
-    p, s, w = torch.linalg.svd(rb @ ra.mT)
-    squares = s.cpu().square()
+    left, right = left * balance * balance[:, None], right / balance / balance[:, None]
+    ra = root(right)
+    # X^T X in the basis of a's rows; its values are known to 1e-16 of the largest, 1e-8 in sigma, far below the cut.
+    half = left @ ra.mT
+    core = ra @ half
+    values, w = torch.linalg.eigh((core + core.mT) / 2)
+    squares = values.flip(0).clamp_min(0.0).cpu()
     total = float(squares.sum())
     k = Want(rank, energy, total, rank_cut(x.inner, x.inner)).count(squares)
-    # U S = X V = b (ra^T w), and V S = a^T (rb^T p).
+    w = w.flip(1)[:, :k]
+    # U S = X V = b (ra^T w), and V S^2 = X^T U S = a^T (G_b ra^T w): no triangle is inverted.
     b, a = x.wide
-    us = b @ (balance[:, None] * (ra.mT @ w[:k].mT))
-    v = (((rb.mT @ p[:, :k]) / balance[:, None] / s[:k]).mT @ a).mT
-    return Pairs(s.cpu(), k, us, v, total, float(squares[k:].sum()), 0.0, 0, "core")
+    us = b @ (balance[:, None] * (ra.mT @ w))
+    v = (((half @ w) / balance[:, None] / squares[:k].to(w.device)).mT @ a).mT
+    return Pairs(squares.sqrt(), k, us, v, total, float(squares[k:].sum()), 0.0, 0, "core")
 
 
 def _core_wide(x: FactorMap, rank: int, energy: float | None) -> Pairs:
