@@ -8,6 +8,7 @@ import torch
 import mergekernels as mk
 from mergekernels import ops
 from mergekernels.adapters.model import Factors
+from mergekernels.ops.spectral.above import remainder
 from spectra import F64, SPECTRA, factors, gaussian, matrix, orthonormal, relative, shrunk, svd, values, with_values
 
 SHAPES = [(60, 60), (120, 40), (40, 120)]
@@ -155,6 +156,19 @@ def test_a_misleading_start_does_not_matter():
         made = ops.soft_threshold(x, 0.6, warm=warm)
         assert float((made.y.to(F64) - want).norm()) <= 1e-6 * float(x.norm())
         assert made.rank == int((s > 0.6).sum())
+
+
+def test_what_a_block_misses_is_found():
+    """The last check before an answer: a direction above the threshold that is not in the block."""
+    s = torch.tensor([5.0, 4.0, 3.0, 0.5], dtype=F64)
+    x = with_values(s, 50, 40).float()
+    vh = svd(x)[2].float()
+    for missing in range(3):
+        rest = vh[[i for i in range(4) if i != missing]].mT
+        found = remainder(x, rest, 1.0)
+        assert float((vh[missing] @ torch.linalg.qr(found)[0]).norm()) > 0.99
+    assert remainder(x, vh[:3].mT, 1.0) is None
+    assert remainder(x, vh[:4].mT, 1e-3) is None  # nothing is left but rounding
 
 
 def test_many_values_above_the_threshold():

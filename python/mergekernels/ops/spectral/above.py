@@ -16,7 +16,7 @@ from .qr import tall_qr
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["triplets_above"]
+__all__ = ["remainder", "triplets_above"]
 
 ROUNDS = 14
 TARGET = 4e-7
@@ -63,7 +63,7 @@ def triplets_above(
         off[k:] = (s[k:] + off[k:] - tau).clamp_min(0)
         excess = float(off.norm()) / (TARGET * size)
         if excess <= 1:
-            missed = _remainder(x, u[:, :k], w, s, tau)
+            missed = remainder(x, w, tau)
             if missed is None:
                 return (u[:, :k], s[:k], w[:, :k]), w[:, : k + k // 4 + 8]
             block = tall_qr(torch.cat([w, missed], 1)).q
@@ -139,7 +139,7 @@ def _filtered(
     return torch.cat([head, now / sizes[-1].abs().clamp_min(1.0)], 1)
 
 
-def _remainder(x: torch.Tensor, u: torch.Tensor, w: torch.Tensor, s: torch.Tensor, tau: float) -> torch.Tensor | None:
+def remainder(x: torch.Tensor, w: torch.Tensor, tau: float) -> torch.Tensor | None:
     """Directions outside w in which X is larger than the threshold, by power steps; None if there seem to be none."""
     import torch
 

@@ -96,9 +96,10 @@ def extremes(g: torch.Tensor, lower: torch.Tensor) -> tuple[float, float]:
 def qdwh(x: Sharded, g: torch.Tensor, top: float, least: float) -> Sharded:
     """U V^T of a matrix of full column rank by dynamically weighted Halley steps; cubic, at most five of them.
 
-    x : row shards. g : its Gram, float64. top, least : about its extreme singular values. While the weight is large
-    float32 input is treated in float64, since a step through the Gram loses eps times the weight; float64 input is
-    treated by QR there, which loses nothing. The last steps are Newton-Schulz.
+    x : row shards. g : its Gram, float64. top, least : about its extreme singular values, of ratio at most 1e6. The
+    first step, whose weight is large, treats float32 input in float64, since a step through the Gram loses eps times
+    the weight; float64 input is treated by QR while the weight is large, which loses nothing. The last steps are
+    Newton-Schulz.
     """
     import torch
 
@@ -121,8 +122,7 @@ def qdwh(x: Sharded, g: torch.Tensor, top: float, least: float) -> Sharded:
             m.diagonal().add_(b / c)
             parts = [p @ m.to(p.device, p.dtype) for p in parts]
         first = False
-        if low > 0.02:  # what is left loses at most 50 eps
-            parts = [p.to(out) for p in parts]
+        parts = [p.to(out) for p in parts]  # from 1e-6 one step leads to 0.02: what is left loses at most 50 eps
     for a, b, c in [(1.875, -1.25, 0.375)] * (2 if out == torch.float64 else 1) + [(1.5, -0.5, 0.0)]:
         g = plain_gram(parts)
         m = b * g + c * (g @ g) if c else b * g

@@ -8,7 +8,6 @@ from .batching import one_or_many
 from .gram import gram
 from .qr import tall_qr
 from .sharded import check_matrix, dense
-from .stacking import balance
 
 __all__ = ["nuclear_norm"]
 
@@ -31,8 +30,7 @@ def _nuclear_norm(x: Any, what: str) -> float:
     if isinstance(x, Factors):
         check_matrix(x.b, f"b of {what}")
         check_matrix(x.a, f"a of {what}")
-        b, a = balance(x.b, x.a)
-        return float(torch.linalg.svdvals(tall_qr(b).r @ tall_qr(a.mT).r.mT).sum())
+        return float(torch.linalg.svdvals(tall_qr(x.b).r @ tall_qr(x.a.mT).r.mT).sum())
     matrix = check_matrix(x, what)
     if matrix.dtype == torch.float64:
         return float(torch.linalg.svdvals(dense(matrix)).sum())

@@ -14,7 +14,6 @@ from .qr import tall_qr
 from .sharded import Matrix, Sharded, check_matrix, cut_like, dense
 from .small import small_svd
 from .split_gram import split_polar
-from .stacking import balance
 
 if TYPE_CHECKING:
     import torch
@@ -287,8 +286,7 @@ def _core(x: Factors, what: str, tol: float | None, nuclear: bool) -> Polar:
 
     check_matrix(x.b, f"b of {what}")
     check_matrix(x.a, f"a of {what}")
-    b, a = balance(x.b, x.a)
-    left, right = tall_qr(b), tall_qr(a.mT)
+    left, right = tall_qr(x.b), tall_qr(x.a.mT)  # equal columns: b and a need no balance
     core = small_svd(left.r @ right.r.mT, tol)
     k = core.rank
     u, vh = core.u[:, :k].to(x.b.dtype), core.vh[:k].to(x.a.dtype)

@@ -13,7 +13,6 @@ from .gram import gram, times
 from .qr import tall_qr
 from .sharded import check_matrix, cut_like
 from .small import small_svd
-from .stacking import balance
 
 if TYPE_CHECKING:
     import torch
@@ -125,8 +124,7 @@ def _shrink_factors(x: Factors, what: str, mu: float, kind: str) -> SoftThreshol
 
     check_matrix(x.b, f"b of {what}")
     check_matrix(x.a, f"a of {what}")
-    b, a = balance(x.b, x.a)
-    left, right = tall_qr(b), tall_qr(a.mT)
+    left, right = tall_qr(x.b), tall_qr(x.a.mT)  # equal columns: b and a need no balance
     core = small_svd(left.r @ right.r.mT)
     s = core.s[: core.rank]
     shrunk = (s - threshold(s, mu, kind)).clamp_min(0)
