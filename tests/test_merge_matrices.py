@@ -242,3 +242,36 @@ def test_other_methods_over_matrices_run(method):
     base, models = family(12, 10)
     found = mk.merge(models, method, base=base, name="w")
     assert bool(torch.isfinite(found).all()) and not torch.equal(found, base)
+
+
+def adapter(seed: int, m: int, n: int, r: int = 2):
+    g = torch.Generator().manual_seed(seed)
+    key = "base_model.model.layers.0.q_proj"
+    tensors = {
+        f"{key}.lora_A.weight": torch.randn(r, n, generator=g),
+        f"{key}.lora_B.weight": torch.randn(m, r, generator=g),
+    }
+    return tensors, {"peft_type": "LORA", "r": r, "lora_alpha": r, "target_modules": ["q_proj"]}
+
+
+@pytest.mark.parametrize("method", ["tsv_m", "iso_c", "star"])
+def test_adapters_are_merged_as_their_products(method):
+    adapters = [adapter(t, 32, 24) for t in range(3)]
+    key = "base_model.model.layers.0.q_proj"
+    deltas = [a[f"{key}.lora_B.weight"].double() @ a[f"{key}.lora_A.weight"].double() for a, _ in adapters]
+    found = mk.merge_adapters(adapters, method)
+    made = found.state_dict[f"{key}.lora_B.weight"].double() @ found.state_dict[f"{key}.lora_A.weight"].double()
+    exact = {"tsv_m": brute.tsv_m, "iso_c": brute.iso_c, "star": lambda d: brute.star(d, 40.0)}[method](deltas)
+    assert brute.error(made, exact) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "words"),
+    [
+        ("tsv_m", {}, r"tensor 'layers.0.q_proj.weight': tsv_m: k = floor\(q / T\) is 0"),
+        ("iso_cts", {"common_space_fraction": 0.1}, "iso_cts: the common space has a negative size"),
+    ],
+)
+def test_adapters_of_impossible_sizes_are_refused(method, arguments, words):
+    with pytest.raises(mk.MergeError, match=words):
+        mk.merge_adapters([adapter(t, 4, 9) for t in range(7)], method, **arguments)

@@ -39,7 +39,7 @@ class LowRankSum(Spectral):
         passes="1 read of the models and the base, 1 write; one dominant subspace per task",
         source="Eckart and Young 1936",
         dialects={"default": "as the formula says"},
-        takes=("models", "adapters"),
+        takes=("models",),
     )  # fmt: skip
 
     def check(self, params: Any, dialect: str) -> list[str]:

@@ -86,7 +86,16 @@ class TsvM(Spectral):
 def _size(spec: MatrixSpec, tasks: Tasks, rank: int) -> int:
     """K of a task."""
     if spec.params["dims"] == "q":
-        return min(min(spec.shape) // tasks.count, rank)
+        q = min(spec.shape)
+        if q < tasks.count:
+            raise DataError(
+                "k = floor(q / T) is 0",
+                code="spectral.rank",
+                tensor=spec.name or None,
+                expected=f"a smaller side of at least {tasks.count}",
+                got=str(q),
+            )
+        return min(q // tasks.count, rank)
     if rank < tasks.count:
         raise DataError(
             "k = floor(rank / T) is 0",
