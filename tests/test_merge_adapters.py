@@ -14,7 +14,7 @@ import torch
 import mergekernels as mk
 from adapter_cases import adapter, adapters, best, dense, error, module, product, site, weighted
 from mergekernels.adapters.model import Adapter, Module
-from mergekernels.errors import ArgumentError, DataError, InputError, MergeError, OutputError, PlanError
+from mergekernels.errors import ArgumentError, BackendError, DataError, InputError, MergeError, OutputError, PlanError
 
 SITES = [
     site("layers.0.q", 24, 16),
@@ -381,12 +381,32 @@ def test_kohya_files(tmp_path: Path) -> None:
         ({"weights": float("inf")}, "parameter.value"),
         ({"density": 0.5}, "parameter.unknown"),
         ({"dialect": "pet"}, "dialect.unknown"),
+        ({"device": "abacus"}, "device"),
+        ({"device": 1.5}, "device"),
     ],
 )
 def test_unusable_arguments(options: dict[str, object], code: str) -> None:
     with pytest.raises(ArgumentError) as caught:
         mk.merge_adapters(adapters(2, SITES, [2]), "svd", **options)  # type: ignore[arg-type]
     assert caught.value.code == code
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there() -> None:
+    with pytest.raises(BackendError, match="no GPU"):
+        mk.merge_adapters(adapters(2, SITES, [2]), "svd", device="cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ["svd", "cat", "linear", "ties", "ties_svd", "dare_ties", "knots", "tsv_m"])
+def test_a_gpu_gives_what_the_cpu_gives(method: str) -> None:
+    group = adapters(3, SITES, [3])
+    options = {"density": 0.4} if "ties" in method else {}
+    here = mk.merge_adapters(group, method, rank=20, **options)
+    there = mk.merge_adapters(group, method, rank=20, device="cuda", **options)
+    for name, (_, factors) in there.modules.items():
+        assert factors.b.device.type == "cpu"
+        assert error(there.delta(name), here.delta(name)) < 1e-4
 
 
 def test_unusable_inputs() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 from .._methods.matrix import misfits
 from .._methods.matrix_table import get_matrix, matrix_names
-from ..errors import ArgumentError, MergeError
+from ..errors import ArgumentError, BackendError, MergeError
 from ..ops.arguments import check_integer
 from .align import Place, align, raise_all
 from .cutting import Limits
@@ -93,6 +93,7 @@ def open_job(
     from ..formats.adapters import base_shapes
 
     check_cut(rank, energy, spread)
+    _check_device(device)
     params, rank, energy = _own(method, params, rank, energy)
     seed = check_integer(seed, 0, 1 << 64, "seed")
     shapes = base_shapes(base)
@@ -109,6 +110,19 @@ def open_job(
             note = f"dialect peft: the first adapter uses rsLoRA, so the result is multiplied by {factor:g}"
             job = replace(job, factor=factor, notes=(*job.notes, note))
     return job, Limits(rank, energy, largest, spread)
+
+
+def _check_device(device: Any) -> None:
+    import torch
+
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ArgumentError(
+            "device is not usable", code="device", expected="'cpu', 'cuda' or 'cuda:N'", got=repr(device)
+        ) from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise BackendError("there is no GPU that torch can use", code="device.cuda", got=str(found))
 
 
 def _misfits(job: Job, place: Place) -> list[MergeError]:
