@@ -54,6 +54,17 @@ def test_host_and_device_have_the_same_bits(host_module: Any, monkeypatch: pytes
         assert torch.equal(v.cpu(), v1) and torch.equal(w.cpu(), w1)
 
 
+def test_barriers_suffice(target: str) -> None:
+    """The threads of the host build run forwards in one launch, backwards in the next: steps must not notice."""
+    for p, s in ((9, 7), (60, 40), (100, 90)):
+        m = matrix(p, s, "gaps", p).to(target)  # noqa: F405
+        g = symmetric(s, "head", p).to(target)  # noqa: F405
+        svds = [cuda_small.small_svd_batch([m])[0] for _ in range(2)]
+        eighs = [cuda_small.small_eigh_batch([g])[0] for _ in range(2)]
+        for first, second in (*zip(*svds, strict=True), *zip(*eighs, strict=True)):
+            assert torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
+
+
 def test_many_matrices_at_once(target: str) -> None:
     """More blocks than a device runs side by side, of shapes that share launches."""
     count = 2000 if target != "cpu" else 60
