@@ -58,6 +58,7 @@ def test_ties_over_all_modules(density: float, weights: tuple[float, ...]) -> No
         assert relative(dense(got[name].delta), expected) < 1e-5, name
         assert isinstance(got[name].delta, Factors)
         assert got[name].report["rank"] == 13
+        assert got[name].report["inner"] == f"ties (paper), density {density:g}"
 
 
 def test_one_threshold_is_not_one_per_module() -> None:

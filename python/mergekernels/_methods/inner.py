@@ -134,6 +134,15 @@ class Inner:
         params = bind(method, arguments, len(weights), dialect, "error")
         return Inner(method, dialect, len(weights), params, after)
 
+    @property
+    def text(self) -> str:
+        """The method, its dialect and its share of kept entries, for a report."""
+        density = self.params.get("density")
+        if density is None:
+            return f"{self.method.info.name} ({self.dialect})"
+        shares = sorted(set(density))
+        return f"{self.method.info.name} ({self.dialect}), density {', '.join(f'{d:g}' for d in shares)}"
+
     def spec(self, name: str, shape: tuple[int, int], scope: Scope, offset: int, tensor: int, seed: int) -> Spec:
         """One coordinate matrix as the inner method sees it. tensor : its number in Philox."""
         return Spec(

@@ -152,7 +152,7 @@ class CoreSpace(PerModule):
                 f"{spec.name}: two singular values of the stacked factors differ by {core.gap:.1e} of the largest, so "
                 f"their directions, and with them what {name} keeps, are arbitrary",
             )
-        return self._finish(spec, core, merged, {"core": core.shape, "gap": core.gap}, warnings)
+        return self._finish(spec, core, merged, {"core": core.shape, "gap": core.gap, "inner": inner.text}, warnings)
 
     def _tsv(self, spec: MatrixSpec, factors: Sequence[Factors], core: Core) -> torch.Tensor:
         """TSV-M, on the cores as if they were the task vectors, or with the sizes of the whole matrix."""

@@ -143,7 +143,9 @@ class Knots:
                 place = _measure(spec, tied, None)
                 inside = _coordinates(spec, tied, _dtype(place.compute))
                 state = resolve_alone(_inner(spec.params), inside, place.compute, spec.seed)
-            merged = write(_inner(spec.params), state, _coordinates(spec, tied, _dtype(state.scope.compute)))
+            inner = _inner(spec.params)
+            report["inner"] = inner.text
+            merged = write(inner, state, _coordinates(spec, tied, _dtype(state.scope.compute)))
             report["gap"] = tied.gap
             if tied.gap < _GAP:
                 warnings = (
