@@ -78,11 +78,14 @@ def test_large_modules_take_the_sampled_route(monkeypatch: pytest.MonkeyPatch) -
         f"layers.{i}": [product(64, 1500, 16, 7 * i + t, decay=0.95) for t in range(3)] for i in range(3)
     }
     got = merge_all("knots", given, density=0.3)
+    drawn = merge_all("knots", given, inner="dare_ties", density=0.3, trim=0.2)
     monkeypatch.setattr("mergekernels._methods.inner_scope._SLAB_BYTES", 3 * 1500 * 4 * 5)
     slabs = merge_all("knots", given, density=0.3)
+    drawn_slabs = merge_all("knots", given, inner="dare_ties", density=0.3, trim=0.2)
     for name, expected in brute_knots(given, 0.3, [1.0] * 3).items():
         assert relative(dense(got[name].delta), expected) < 1e-5
         assert relative(dense(slabs[name].delta), dense(got[name].delta)) < 1e-6
+        assert relative(dense(drawn_slabs[name].delta), dense(drawn[name].delta)) < 1e-6
 
 
 def test_thresholds_are_exact() -> None:
@@ -145,7 +148,17 @@ def test_singular_values(kind: str) -> None:
     k = tied.rank
     assert k == 24
     assert float((tied.s - want[:k]).abs().max()) < 1e-10 * float(want[0])
-    assert float((tied.basis().T @ tied.basis() - torch.eye(k, dtype=torch.float64)).abs().max()) < 1e-12
+    u = tied.basis()
+    assert float((u.T @ u - torch.eye(k, dtype=torch.float64)).abs().max()) < (1e-12 if kind == "deficient" else 1e-9)
+    assert bool((u.gather(0, u.abs().argmax(0)[None]) > 0).all())
+    for f, coefficients in zip(given, tied.coefficients, strict=True):
+        assert relative(u.T @ f.b, coefficients) < 1e-9
+    if kind != "deficient":  # what is kept between passes gives the same
+        assert tied.small is not None
+        again = tie(given, 1e-9, False, tied.small)
+        assert relative(again.basis(), u) < 1e-12 and torch.equal(again.s, tied.s)
+    else:
+        assert tied.small is None
 
 
 def test_cuts() -> None:

@@ -62,11 +62,10 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Masking(Again):
-    """Passes that are due. selections : those not done. offsets : (key, module) -> where its B begins in its scope."""
+    """Passes that are due. selections : those not done. wide : whether magnitudes are float64."""
 
     groups: Mapping[str, str]
     selections: Mapping[Key, Selection]
-    offsets: Mapping[tuple[Key, str], int]
     wide: bool
     points: Mapping[Key, Keep | None] = field(default_factory=dict)
 
@@ -82,12 +81,10 @@ def begin(measured: Mapping[str, Sizes], keep: float) -> Masking | Thresholds:
     wide = any(m.dtype == "torch.float64" for m in measured.values())
     selections: dict[Key, Selection] = {}
     points: dict[Key, Keep | None] = {}
-    offsets: dict[tuple[Key, str], int] = {}
     for key, inside in members.items():
         starts, n = [], 0
         for name in inside:
             starts.append(n)
-            offsets[key, name] = n
             n += measured[name].numel[key[0]]
         k = int(keep * n)
         if 0 < k < n:
@@ -95,7 +92,7 @@ def begin(measured: Mapping[str, Sizes], keep: float) -> Masking | Thresholds:
             selections[key] = Selection.of(((0, k),), scope, policy="all", seed=0, base=False)
         else:
             points[key] = KEEP_NOTHING if k == 0 else None
-    return _next(Masking({name: measured[name].group for name in names}, selections, offsets, wide, points))
+    return _next(Masking({name: measured[name].group for name in names}, selections, wide, points))
 
 
 def _next(state: Masking) -> Masking | Thresholds:
@@ -118,8 +115,8 @@ def measure_masks(state: Masking, name: str, blocks: Sequence[torch.Tensor]) -> 
             continue
         inputs = gather([(b.double() if state.wide else b).contiguous()], None, name, 0)
         stats = new_stats(selection.sweep, max(1 << 16, min(b.numel(), 1 << 22)))
-        offset = state.offsets[key, name]
-        visited = sweep_one(selection, selection.sweep, stats, inputs, _backend(inputs), num_threads(None), offset)
+        # All equals of the threshold stay, so that the place of an entry in its scope does not matter.
+        visited = sweep_one(selection, selection.sweep, stats, inputs, _backend(inputs), num_threads(None), 0)
         found[key] = (stats, visited)
     return found
 
