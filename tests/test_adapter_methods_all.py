@@ -27,7 +27,6 @@ METHODS = matrix_names("adapters")
 RANDOM = ("dare",)
 ORDERED = {"opcm": "a stream", "tc_lora": "iterations from a start", "lora_lego": "clusters from seeded centres"}
 MORE: dict[str, dict[str, Any]] = {
-    "low_rank": {"rank": 2},
     "tc_lora": {"n_starts": 1, "max_iter": 10},  # the properties do not need a converged fit
 }
 
@@ -92,12 +91,11 @@ def test_order_of_adapters(method: str) -> None:
 def test_missing_modules_and_truncation(method: str) -> None:
     given = group(method)
     given[1] = adapter([m for n, m in given[1].modules.items() if n in ("embed", "conv")], label="part")
-    merged = mk.merge_adapters(given, method, **{**options(method), "rank": 2})
+    merged = mk.merge_adapters(given, method, rank=2, **options(method))
     assert set(merged.modules) == {s.module for s in SITES}
     assert any("part lacks 2 of 4 modules" in w for w in merged.report.warnings)
     for name, report in merged.report.modules.items():
-        # low_rank cuts every adapter by itself
-        assert report.rank <= (6 if method == "low_rank" else 2)
+        assert report.rank <= 2
         assert report.adapters == (3 if name in ("embed", "conv") else 2)
         assert 0.0 <= report.kept_energy <= 1.0
         assert bool(torch.isfinite(product(merged.modules[name][1])).all())
@@ -149,8 +147,9 @@ def test_what_a_shape_forbids_is_refused_before_anything_is_read() -> None:
     def never() -> tuple[torch.Tensor, torch.Tensor]:
         raise AssertionError("read")
 
-    given = [adapter([replace(m, load=never) for m in a.modules.values()]) for a in group("low_rank")]
-    with pytest.raises(MergeError, match=r"low_rank: rank is 18; expected at most 16") as caught:
-        mk.merge_adapters(given, "low_rank", rank=18)
-    assert caught.value.code == "matrix.shape"
-    assert caught.value.tensor == "conv"
+    given = [adapter([replace(m, load=never) for m in a.modules.values()]) for a in group("iso_cts", 10)]
+    with pytest.raises(MergeError, match="iso_cts") as caught:
+        mk.merge_adapters(given, "iso_cts", common_space_fraction=0.1, dims="q", conv="flatten")
+    problems = getattr(caught.value, "problems", [caught.value])
+    assert {p.code for p in problems} == {"matrix.shape"}
+    assert "conv" in {p.tensor for p in problems}

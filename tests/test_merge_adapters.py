@@ -220,6 +220,14 @@ def test_overflow_in_the_output_is_an_error() -> None:
     assert error(matrix(merged, "layers.0.q"), weighted(group, [1, 1], "layers.0.q")) < 1e-6
 
 
+@pytest.mark.parametrize("method", ["svd", "cat", "ties_svd", "iso_c"])
+def test_overflow_on_the_way_names_the_module(method: str) -> None:
+    options = {"density": 0.5} if "ties" in method else {}
+    group = adapters(2, [SITES[0]], [2], alpha=1e10)
+    with pytest.raises(DataError, match=r"layers\.0\.q"):
+        mk.merge_adapters(group, method, weights=3e38, **options)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_half_results_are_the_rounded_float32_result(dtype: torch.dtype) -> None:
     group = adapters(3, SITES, [2], dtype=dtype)
@@ -381,6 +389,8 @@ def test_kohya_files(tmp_path: Path) -> None:
         ({"weights": float("inf")}, "parameter.value"),
         ({"density": 0.5}, "parameter.unknown"),
         ({"dialect": "pet"}, "dialect.unknown"),
+        ({"weights": [1.0, -1e39]}, "range"),
+        ({"scale": 1e39}, "range"),
         ({"device": "abacus"}, "device"),
         ({"device": 1.5}, "device"),
     ],

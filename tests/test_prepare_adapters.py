@@ -99,6 +99,12 @@ def test_svd_clamp_and_the_rslora_leak() -> None:
         same(prepared.merge(VECTORS[1]), mk.merge_adapters(group, "svd", weights=VECTORS[1], rank=4, **options), 1e-5)  # type: ignore[arg-type]
 
 
+def test_the_rslora_leak_follows_the_rank() -> None:
+    group = [adapter([module(SITES[0], 3, i, rslora=True)], config={"r": 3, "use_rslora": True}) for i in range(2)]
+    got = mk.prepare_adapters(group, rank=4, dialect="peft").merge([1.0, 2.0], rank=2)
+    same(got, mk.merge_adapters(group, "svd", weights=[1.0, 2.0], rank=2, dialect="peft"), 1e-5)
+
+
 def test_half_adapters_round_once() -> None:
     group = adapters(3, SITES, [3], dtype=torch.bfloat16)
     merged = mk.prepare_adapters(group, rank=4).merge()

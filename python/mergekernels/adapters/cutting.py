@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from .._methods.matrix import Merged
+from ..errors import DataError
 from .align import Place
 from .job import Job
 from .model import Factors
@@ -52,6 +53,7 @@ def cut_waiting(items: Iterable[tuple[Place, Merged]], job: Job, limits: Limits)
         elif not limits.asked and _kept(job, merged):
             yield place, merged, exact_factors(delta)
         else:
+            _refuse_overflow(place, merged)
             waiting.append((place, merged))
             size += _bytes(merged)
         if size >= _BATCH_BYTES:
@@ -74,6 +76,22 @@ def _cut_batch(waiting: list[tuple[Place, Merged]], limits: Limits) -> Iterator[
         if merged.finish is not None:
             cut = replace(cut, factors=merged.finish(cut.factors))
         yield place, merged, cut
+
+
+def _refuse_overflow(place: Place, merged: Merged) -> None:
+    """Inputs are finite, so that what is not finite here has overflown."""
+    import torch
+
+    delta = merged.delta
+    for tensor in (delta.b, delta.a) if isinstance(delta, Factors) else (delta,):
+        # The sum is finite unless an element is not, or it overflows itself.
+        if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+            raise DataError(
+                f"the merged delta is beyond the range of {str(tensor.dtype).removeprefix('torch.')}",
+                code="overflow",
+                tensor=place.site.module,
+                hint="Use smaller weights, or float64 adapters.",
+            )
 
 
 def _bytes(merged: Merged) -> int:

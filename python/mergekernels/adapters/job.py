@@ -11,7 +11,7 @@ from .._methods.arguments import bind_matrix
 from .._methods.matrix import Asking, MatrixMethod, MatrixSpec, Merged, Wants, folds_scale, measured_state
 from .._methods.matrix_table import get_matrix
 from .._methods.spectral.layout import layout_of, merge_plain
-from ..errors import ArgumentError
+from ..errors import ArgumentError, DataError
 from ..tensors import tensor_id
 from .align import Aligned, Place
 from .deltas import Deltas
@@ -89,14 +89,28 @@ class Job:
 
     def merge(self, place: Place, state: Any) -> Merged:
         """The merged task vector of one module, lambda applied."""
-        spec, deltas = self.spec(place), self.deltas(place)
+        spec = self.spec(place)
+        try:
+            merged = self._merge(spec, self.deltas(place), state)
+        except DataError as error:
+            if error.tensor in (spec.name, place.site.module):
+                raise
+            raise DataError(
+                f"{self.method.info.name}: {error.message}",
+                code=error.code,
+                tensor=place.site.module,
+                hint="The factors are finite, so the computation has overflown: use smaller weights or float64.",
+            ) from error
+        return _scaled(merged, self.scale)
+
+    def _merge(self, spec: MatrixSpec, deltas: Deltas, state: Any) -> Merged:
         if not spec.plain:
-            return _scaled(self.method.merge(spec, deltas, state), self.scale)
+            return self.method.merge(spec, deltas, state)
         if hasattr(self.method, "merge_plain"):
-            return _scaled(merge_plain(self.method, spec, deltas, state), self.scale)
+            return merge_plain(self.method, spec, deltas, state)
         weights = self.params.get("weight", (1.0,) * len(deltas))
         mean, why = weighted_sum(deltas, [w / len(deltas) for w in weights], spec.shape)
-        return _scaled(Merged(mean, {"route": f"mean; {why}" if why else "mean"}), self.scale)
+        return Merged(mean, {"route": f"mean; {why}" if why else "mean"})
 
     @property
     def scale(self) -> float:

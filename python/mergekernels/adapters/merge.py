@@ -51,8 +51,8 @@ def merge_adapters(
     weights : one number, or one per adapter; negative ones and 0 are allowed. Default 1.
     rank : most rows of lora_A per module, 1 or more; a module whose merged delta or weight has less gets less.
     energy : instead of a rank, the least rank that keeps this share of each merged delta's sum of squares, in (0, 1].
-        A method that has parameters of these names (low_rank) takes them itself. Without both, the method decides: svd
-        and all methods with dense results take the largest rank among the adapters, the others keep what they give.
+        Without both, the method decides: svd and all methods with dense results take the largest rank among the
+        adapters, the others keep what they give.
     base : checkpoint folder or file, or a mapping from name to tensor or shape: names and shapes of all targets are
         checked against it. No tensor data is read.
     out : folder to write the result to, as PEFT does; it must not exist.

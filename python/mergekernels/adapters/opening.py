@@ -9,9 +9,9 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, Union
 
 from .._methods.matrix import misfits
-from .._methods.matrix_table import get_matrix, matrix_names
 from ..errors import ArgumentError, BackendError, MergeError
-from ..ops.arguments import check_integer
+from ..ops.arguments import check_integer, check_range
+from ..tensors import F32
 from .align import Place, align, raise_all
 from .cutting import Limits
 from .job import Job, bind_job
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..formats.adapters import Base
     from .merged import MergedAdapter
 
-__all__ = ["AdapterInput", "open_adapters", "open_job"]
+__all__ = ["AdapterInput", "check_numbers", "open_adapters", "open_job"]
 
 AdapterInput = Union[
     str, "PathLike[str]", Adapter, "MergedAdapter", Mapping[str, Any], "tuple[Mapping[str, Any], Mapping[str, Any]]"
@@ -94,12 +94,12 @@ def open_job(
 
     check_cut(rank, energy, spread)
     _check_device(device)
-    params, rank, energy = _own(method, params, rank, energy)
     seed = check_integer(seed, 0, 1 << 64, "seed")
     shapes = base_shapes(base)
     job = bind_job(method, params, weights, open_adapters(adapters, shapes), dialect, seed, device)
     aligned = align(job.adapters, shapes, equal_ranks=job.wants.equal_ranks)
     job = replace(job, aligned=aligned, shapes=shapes or {})
+    check_numbers(job)
     raise_all([problem for place in job.aligned.places for problem in _misfits(job, place)])
     largest = max(max(place.ranks) for place in job.aligned.places)
     if job.method.info.name != method:  # one adapter in dialect peft
@@ -125,22 +125,17 @@ def _check_device(device: Any) -> None:
         raise BackendError("there is no GPU that torch can use", code="device.cuda", got=str(found))
 
 
+def check_numbers(job: Job) -> None:
+    """Refuse weights and scales that the dtype of the computation cannot hold."""
+    if any(e is not None and e.dtype == "F64" for place in job.aligned.places for e in place.entries):
+        return
+    for name in ("weight", "lambda"):
+        value = job.params.get(name)
+        check_range((v for v in (value if isinstance(value, tuple) else (value,)) if v is not None), F32, name)
+
+
 def _misfits(job: Job, place: Place) -> list[MergeError]:
     """Why the method cannot merge a module of this shape."""
     name, spec = job.method.info.name, job.spec(place)
     sentences = [] if spec.plain else misfits(job.method, spec)
     return [ArgumentError(f"{name}: {text}", code="matrix.shape", tensor=place.site.module) for text in sentences]
-
-
-def _own(
-    method: str, params: Mapping[str, Any], rank: int | None, energy: float | None
-) -> tuple[Mapping[str, Any], int | None, float | None]:
-    """A method with parameters of these names takes rank and energy itself, and its result is not truncated."""
-    if not isinstance(method, str) or method not in matrix_names("adapters"):
-        return params, rank, energy
-    named = {p.keyword for p in get_matrix(method, "adapters").info.params}
-    if "rank" in named and rank is not None:
-        params, rank = {**params, "rank": rank}, None
-    if "energy" in named and energy is not None:
-        params, energy = {**params, "energy": energy}, None
-    return params, rank, energy

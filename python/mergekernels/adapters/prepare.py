@@ -17,7 +17,8 @@ from .cutting import Limits, cut_waiting
 from .job import Job, plain
 from .merged import MergedAdapter
 from .model import Factors
-from .opening import AdapterInput, open_job
+from .opening import AdapterInput, check_numbers, open_job
+from .peft_dialect import rslora_factor
 from .result import asked_dtype, assemble, common_dtype
 from .truncate import Cut, check_cut
 
@@ -69,16 +70,17 @@ class Prepared:
         ArgumentError : unusable weights, rank or energy. DataError : a result beyond the dtype.
         """
         started = time.perf_counter()
-        limits = self._limits
+        job, limits = self._job, self._limits
         if rank is not None or energy is not None:
             check_cut(rank, energy, limits.spread)
             limits = replace(limits, rank=rank, energy=energy)
-        params = dict(self._job.params)
+            if job.factor != 1.0:  # the rank enters what rsLoRA leaks
+                job = replace(job, factor=rslora_factor(job.adapters, job.wants, rank, limits.largest)[0])
         given = {} if weights is None else {"weights": plain(weights)}
-        known = {p.name: p for p in self._job.method.info.params}
-        given |= {known[name].keyword: value for name, value in params.items() if name != "weight"}
-        params = bind_matrix(self._job.method, given, len(self._job.adapters), self._job.dialect)
-        job = replace(self._job, params=params)
+        known = {p.name: p for p in job.method.info.params}
+        given |= {known[name].keyword: value for name, value in job.params.items() if name != "weight"}
+        job = replace(job, params=bind_matrix(job.method, given, len(job.adapters), job.dialect))
+        check_numbers(job)
         return assemble(job, limits, self._stored, self._items(job, limits), started)
 
     def _items(self, job: Job, limits: Limits) -> Iterator[tuple[Place, Merged, Cut]]:
