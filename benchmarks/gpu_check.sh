@@ -58,7 +58,7 @@ step tests 140 env -C "$root/tests" "$python" -m pytest -q -rs -p no:cacheprovid
 if command -v compute-sanitizer >/dev/null; then
     step sanitizer 80 env -C "$root/tests" compute-sanitizer --error-exitcode 9 --target-processes all \
         "$python" -m pytest -q -p no:cacheprovider test_gpu_devices.py test_cuda_small.py \
-        -k "cuda and (sizes or pieces or in_place or test_list or rank_divide or batch_or_the_strides or largest) and not repeated"
+        -k "cuda and (sizes or pieces or in_place or test_list or rank_divide or batch_or_the_strides or largest) and not repeated and not host"
 fi
 step bench 110 env -C "$root/benchmarks" "$python" bench_gpu.py --out "$out/gpu.json"
 cat "$out/bench.log"

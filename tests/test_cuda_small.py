@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,16 +27,18 @@ def host_module(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(params=["host", "cuda"])
-def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     cuda_small._limit.cache_clear()
     if request.param == "cuda":
         if REASON is not None:
             pytest.skip(f"cuda: {REASON}")
-        return str(DEVICE)
+        yield str(DEVICE)
+        return
     module = request.getfixturevalue("host_module")
     monkeypatch.setattr(launches, "native", lambda: module)
     monkeypatch.setattr(launches, "queue_of", lambda x: (0, 0))
-    return "cpu"
+    yield "cpu"
+    cuda_small._limit.cache_clear()
 
 
 def test_host_and_device_have_the_same_bits(host_module: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 // small_svd, small_eigh: see jacobi_group.h. A = U diag(sigma) V^T by one-sided, A = V diag(lambda) V^T by two-sided
-// Jacobi. Reads and writes each matrix once: (p s + p s + s s + s) numbers for an SVD, about 6 p s^2 flops a sweep.
+// Jacobi, after a pivoted QR. Reads p s numbers and writes p s + s s + s for an SVD, reads and writes s s (and reads
+// them again from the cache) for an eigenproblem; about 6 s^2 (p + s) flops a sweep.
 // CUDA C++ because a matrix stays in shared memory over hundreds of dependent rounds of disjoint pairs, and because
 // matrices of unequal shapes come in one launch; neither can be said in Triton.
 #include "cuda/launch.cuh"
@@ -23,7 +24,8 @@ template <bool kEigh, class C>
 __global__ void __launch_bounds__(kMostThreads, 1) jacobi_kernel(const __grid_constant__ JacobiArgs<C> a) {
   extern __shared__ __align__(16) std::uint8_t chip[];
   WholeBlock team{int(blockDim.x)};
-  jacobi_item(kEigh, a.items[blockIdx.x], chip, team);
+  const JacobiItem<C> item = a.items[blockIdx.x];
+  jacobi_item(kEigh, item, chip, team);
 }
 
 template <bool kEigh, class C>
