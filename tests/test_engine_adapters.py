@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import engine_cases as cases
 import lora_folders as adapters
+import mergekernels.engine.generated as generated
 from matrix_methods import Flat, plain_iso, registered
 from mergekernels import _cpu
 from mergekernels._methods import get, names
@@ -255,6 +256,30 @@ def test_orientations_embeddings_and_saved_modules(root: Path, tmp_path: Path) -
         assert torch.allclose(merged[name].double(), base[name].double() + d, rtol=2e-7, atol=1e-9)
     assert torch.allclose(merged["model.norm.weight"], head, rtol=1e-6)
     assert torch.equal(merged["model.layers.1.mlp.weight"], base["model.layers.1.mlp.weight"])
+
+
+def test_resumes_after_an_error(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = recipe(
+        root, "ties", [f"{root}/base+{root}/lora1", f"{root}/tuned1"], parameters={"weight": 1, "density": 0.5}
+    )
+    cases.run_of(path, tmp_path / "whole", threads=1)
+    add = generated.Generated._add
+    calls: list[int] = []
+
+    def failing(self: generated.Generated, source: int, *rest: object, **options: bool) -> None:
+        calls.append(source)
+        if len(calls) == 30:
+            raise MergeError("stopped")
+        add(self, source, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(generated.Generated, "_add", failing)
+    with pytest.raises(MergeError, match="stopped"):
+        cases.run_of(path, tmp_path / "out", threads=1, tile=4096)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(generated.Generated, "_add", add)
+    report = cases.run_of(path, tmp_path / "out", threads=2)
+    assert report.resumed_units > 0
+    assert cases.published(tmp_path / "out") == cases.published(tmp_path / "whole")
 
 
 def test_matrices_get_factors(root: Path, tmp_path: Path) -> None:

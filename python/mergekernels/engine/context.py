@@ -149,16 +149,20 @@ class OpenTensor:
             hint="Give more memory or fewer threads.",
         )
 
-    def load(self, worker: Worker, source: int, piece: Piece, *, anchor: bool = False) -> TensorView:
-        """A piece of a source in the worker's tile, read or made; the view of it, dense and flat.
+    def load(
+        self, worker: Worker, source: int, piece: Piece, *, slot: int | None = None, anchor: bool = False
+    ) -> TensorView:
+        """A piece of a source in one of the worker's tiles, read or made; the view of it, dense and flat.
 
-        anchor : of the base, what the merged task vector is added to; matters where task vectors stand for the models.
+        slot : the tile; that of the source if None. anchor : of the base, what the merged task vector is added to;
+        matters where task vectors stand for the models.
         """
+        slot = source if slot is None else slot
         if self.made is not None:
-            view = self.made.load(worker, source, piece, self._read, anchor=anchor)
+            view = self.made.load(worker, source, piece, self._read, slot=slot, anchor=anchor)
             if view is not None:
                 return view
-        return self._read(worker, source, piece, source)
+        return self._read(worker, source, piece, slot)
 
     def _read(self, worker: Worker, source: int, piece: Piece, slot: int) -> TensorView:
         """Reads a piece of a source, as it is stored, into a tile."""

@@ -129,18 +129,18 @@ class Generated:
         """(b, a) of an open source in the orientation of the weight; None without an adapter's module."""
         return self._factors.get(slot)
 
-    def load(self, worker: Worker, slot: int, piece: Piece, read: Reader, *, anchor: bool) -> TensorView | None:
-        """A piece of a source in its tile; None where it is read as it is stored.
+    def load(
+        self, worker: Worker, source: int, piece: Piece, read: Reader, *, slot: int, anchor: bool
+    ) -> TensorView | None:
+        """A piece of a source in tile `slot`; None where it is read as it is stored.
 
         anchor : of the base, what the result is added to, also where task vectors stand for the models.
         """
-        if not self._by_deltas:
-            return self._model(worker, slot, slot, piece, read) if slot in self.modules else None
-        if slot != self._base:
-            return self._delta(worker, slot, piece, read)
-        if anchor:
-            return self._model(worker, slot, slot, piece, read) if slot in self.modules else None
-        return self._zeros(worker, slot, piece)
+        if self._by_deltas and source != self._base:
+            return self._delta(worker, source, slot, piece, read)
+        if self._by_deltas and not anchor:
+            return self._zeros(worker, slot, piece)
+        return self._model(worker, source, slot, piece, read) if source in self.modules else None
 
     def _zeros(self, worker: Worker, slot: int, piece: Piece) -> TensorView:
         size = piece.numel * self._compute.itemsize
@@ -157,24 +157,24 @@ class Generated:
         self._add(source, piece, view, add=True)
         return view
 
-    def _delta(self, worker: Worker, slot: int, piece: Piece, read: Reader) -> TensorView:
+    def _delta(self, worker: Worker, source: int, slot: int, piece: Piece, read: Reader) -> TensorView:
         """Stored values without the base's, and product."""
         view = worker.tiles.view(slot, self._compute, None, piece.numel)
-        if slot in self._same:
-            if slot in self.modules:
-                self._add(slot, piece, view, add=False)
+        if source in self._same:
+            if source in self.modules:
+                self._add(source, piece, view, add=False)
                 return view
             return self._zeros(worker, slot, piece)
         if self._base in self.modules:
             base = self._model(worker, self._base, -3, piece, read)
         else:
             base = read(worker, self._base, piece, -3)
-        stored = read(worker, slot, piece, -2)
+        stored = read(worker, source, piece, -2)
         flat = Piece.flat(0, piece.numel)
         self._backend.stream(
             _DIFFERENCE, flat, None, [stored, base], view, compute=self._compute, stats=None, threads=1
         )
-        self._add(slot, piece, view, add=True)
+        self._add(source, piece, view, add=True)
         return view
 
     def _add(self, source: int, piece: Piece, view: TensorView, *, add: bool) -> None:

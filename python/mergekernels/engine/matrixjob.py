@@ -154,7 +154,7 @@ class MatrixJob(_Whole):
         source, dtype, tiling = self.source, self.source.tensor.dtype, self.vectors.tiling
         assert self._writer is not None
         piece = tiling.piece(index)
-        base = source.load(worker, source.num_models, piece, anchor=True) if source.has_base else None
+        base = source.load(worker, source.num_models, piece, slot=0, anchor=True) if source.has_base else None
         self.ctx.backend.stream(
             self._program,
             piece,

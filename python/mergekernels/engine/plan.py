@@ -188,6 +188,8 @@ def _budget(
     sources = itemsize = 1
     for t in specs.merge.tensors:
         sources, itemsize = max(sources, len(sources_of(t)) + len(t.marks)), max(itemsize, widest(specs, t))
+    if specs.whole is not None:
+        sources = 2  # one model after the other, beside the base
     if specs.generated:
         sources += SPARE_SLOTS
     best = TILE_BYTES if device == "cpu" else _GPU_TILE

@@ -102,10 +102,10 @@ class TaskVectors:
         source, piece = self._source, self.tiling.piece(index)
         base = None
         if source.has_base and source.made is None:
-            base = source.load(worker, source.num_models, piece)
+            base = source.load(worker, source.num_models, piece, slot=1)
         for m, delta in self._dense.items():
             # Where adapters make tiles, these are task vectors already.
-            views = [source.load(worker, m, piece)] + ([base] if base is not None else [])
+            views = [source.load(worker, m, piece, slot=0)] + ([base] if base is not None else [])
             self._ctx.backend.stream(
                 _DIFFERENCE if base is not None else _COPY,
                 piece,
