@@ -268,7 +268,7 @@ def test_adapters_are_merged_as_their_products(method):
 @pytest.mark.parametrize(
     ("method", "arguments", "words"),
     [
-        ("tsv_m", {}, r"tensor 'layers.0.q_proj.weight': tsv_m: k = floor\(q / T\) is 0"),
+        ("tsv_m", {}, r"tensor 'layers.0.q_proj': tsv_m: k = floor\(q / T\) is 0"),
         ("iso_cts", {"common_space_fraction": 0.1}, "iso_cts: the common space has a negative size"),
     ],
 )
