@@ -48,7 +48,7 @@ def plain_eigh(x: Map, want: Want) -> Ritz | None:
     import torch
 
     k = want.rank
-    values, vectors = torch.linalg.eigh(plain_gram([x.dense()]))
+    values, vectors = torch.linalg.eigh(plain_gram([x.dense()], whole=False), UPLO="U")
     squares = values.flip(0).clamp_min(0.0)
     if float(squares[0]) > HEAD * float(squares[k - 1]):
         return None

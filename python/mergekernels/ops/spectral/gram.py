@@ -30,8 +30,11 @@ def gram(x: Matrix) -> torch.Tensor:
     return symmetric(total)
 
 
-def plain_gram(parts: list[torch.Tensor]) -> torch.Tensor:
-    """The sum of X_i^T X_i over row shards (..., m_i, n), in their own dtype, on the first one's device."""
+def plain_gram(parts: list[torch.Tensor], whole: bool = True) -> torch.Tensor:
+    """The sum of X_i^T X_i over row shards (..., m_i, n), in their own dtype, on the first one's device.
+
+    whole : False promises no more than the upper triangle.
+    """
     import torch
 
     first = parts[0]
@@ -43,7 +46,7 @@ def plain_gram(parts: list[torch.Tensor]) -> torch.Tensor:
     total = torch.zeros((first.shape[1], first.shape[1]), dtype=first.dtype)
     for part in parts:
         _upper_tiles(part.to(first.device), total)
-    return symmetric(total)
+    return symmetric(total) if whole else total
 
 
 def _upper_tiles(block: torch.Tensor, total: torch.Tensor) -> None:
