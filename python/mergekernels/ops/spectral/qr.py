@@ -22,6 +22,9 @@ SECOND_PASS = 1e4
 FLOOR = 1e-7
 """Smallest relative cut that a float64 Gram resolves; below it the matrix itself is factored, by Householder's QR."""
 
+SMALL = 64
+"""Columns up to which all eigenvalues of the Gram are found as fast as estimates of the outermost."""
+
 
 @dataclass(frozen=True)
 class TallQR:
@@ -79,7 +82,9 @@ def _triangle(g: torch.Tensor, tol: float) -> tuple[torch.Tensor, torch.Tensor, 
         return g, g, 1.0
     lower, info = torch.linalg.cholesky_ex(g)
     if int(info) == 0:
-        top, least = extremes(g, lower)
+        if c <= SMALL:
+            ends = torch.linalg.eigvalsh(g)[[-1, 0]].clamp_min(0).sqrt().tolist()
+        top, least = ends if c <= SMALL else extremes(g, lower)
         # The estimate of the least value can be high by some percent; where that could matter, eigenvectors decide.
         if least > 2 * max(tol, FLOOR) * top:
             eye = torch.eye(c, dtype=g.dtype, device=g.device)

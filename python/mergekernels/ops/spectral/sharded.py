@@ -83,23 +83,24 @@ Matrix = Union["torch.Tensor", Sharded]
 """A 2-D tensor, or its shards."""
 
 
-def check_matrix(x: Any, what: str) -> Matrix:
+def check_matrix(x: Any, what: str, finite: bool = True) -> Matrix:
     """`x` as a finite matrix in float32 or float64 (16-bit input is widened, exactly).
 
+    finite : False leaves the values unread, for callers that check many at once.
     Errors: ArgumentError for what is not a matrix, DataError for NaN, Inf, or float64
     entries whose squares leave its range; all name `what`.
     """
     import torch
 
     if isinstance(x, Sharded):
-        parts = [check_matrix(p, f"shard {i} of {what}") for i, p in enumerate(x.parts)]
+        parts = [check_matrix(p, f"shard {i} of {what}", finite) for i, p in enumerate(x.parts)]
         return Sharded([p for p in parts if isinstance(p, torch.Tensor)], x.dim)
     plain = check_tensor(x, what, what)
     if plain.ndim != 2:
         raise ArgumentError(
             f"{what} is not a matrix", code="matrix.dimension", tensor=what, expected="2-D", got=str(tuple(plain.shape))
         )
-    if plain.numel():
+    if finite and plain.numel():
         low, high = torch.aminmax(plain)
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
             raise DataError(f"{what} holds NaN or Inf", code="data.nonfinite", tensor=what, hint="Repair the input.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from ...errors import ArgumentError, DataError
 from .batching import groups, in_threads
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SmallEigh", "SmallSVD", "small_eigh", "small_svd"]
 
+
+Parts = tuple[Optional["torch.Tensor"], "torch.Tensor", Optional["torch.Tensor"]]
 
 LIMIT = 1 << 26
 """Bytes of a batch that one call takes."""
@@ -65,28 +67,27 @@ def small_svd(M: Any, tol: float | None = None, want: Literal["vectors", "values
     cuts = [check_tol(tol, rank_cut(int(m.shape[0]), int(m.shape[1]))) for _, m in named]
     vectors = want == "vectors"
 
-    def factor(batch: torch.Tensor) -> list[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]]:
+    def factor(batch: torch.Tensor) -> Parts:
         import torch
 
         if not vectors:
-            return [(None, s, None) for s in torch.linalg.svdvals(batch)]
+            return None, torch.linalg.svdvals(batch), None
         u, s, vh = torch.linalg.svd(batch, full_matrices=False)
         u, vh = fix_signs(u, vh)
-        return list(zip(u, s, vh, strict=True))
+        return u, s, vh
 
-    def on_chip(batch: Sequence[torch.Tensor]) -> list[Any]:
+    def on_chip(batch: Sequence[torch.Tensor]) -> list[tuple[Parts, Any]]:
         from ..._backends.cuda_small import small_svd_batch
 
-        made = []
+        made: list[tuple[Parts, Any]] = []
         for u, s, vh, convergence in small_svd_batch(batch, vectors=vectors):
             if u is not None and vh is not None:
                 u, vh = fix_signs(u, vh)
             made.append(((u, s, vh), convergence))
         return made
 
-    found = _decomposed(named, factor, on_chip, eigh=False)
-    ranks = _ranks([s for _, s, _ in found], cuts)
-    results = [SmallSVD(u, s, vh, rank) for (u, s, vh), rank in zip(found, ranks, strict=True)]
+    found = _decomposed(named, cuts, factor, on_chip, eigh=False)
+    results = [SmallSVD(u, s, vh, rank) for (u, s, vh), rank in found]
     return results if isinstance(M, (list, tuple)) else results[0]
 
 
@@ -110,69 +111,101 @@ def small_eigh(G: Any, tol: float | None = None) -> Any:
             )
     cuts = [check_tol(tol, rank_cut(int(g.shape[0]), int(g.shape[0]), torch.float64)) for _, g in named]
 
-    def factor(batch: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def factor(batch: torch.Tensor) -> Parts:
         values, vectors = torch.linalg.eigh(batch)
-        return [(fix_signs(v, v.mT)[0], w) for v, w in zip(vectors.flip(-1), values.flip(-1), strict=True)]
+        return fix_signs(vectors.flip(-1), vectors.mT)[0], values.flip(-1), None
 
-    def on_chip(batch: Sequence[torch.Tensor]) -> list[Any]:
+    def on_chip(batch: Sequence[torch.Tensor]) -> list[tuple[Parts, Any]]:
         from ..._backends.cuda_small import small_eigh_batch
 
-        return [((fix_signs(v, v.mT)[0], w), convergence) for v, w, convergence in small_eigh_batch(batch)]
+        return [((fix_signs(v, v.mT)[0], w, None), convergence) for v, w, convergence in small_eigh_batch(batch)]
 
-    found = _decomposed(named, factor, on_chip, eigh=True)
-    ranks = _ranks([w.abs().sort(descending=True).values for _, w in found], cuts)
-    results = [SmallEigh(v, w, rank) for (v, w), rank in zip(found, ranks, strict=True)]
+    found = _decomposed(named, cuts, factor, on_chip, eigh=True)
+    results = [SmallEigh(v, w, rank) for (v, w, _), rank in found if v is not None]
     return results if isinstance(G, (list, tuple)) else results[0]
 
 
 def _named(x: Any, letter: str) -> list[tuple[str, torch.Tensor]]:
-    """What errors call each matrix, and the matrix, checked and in float64."""
+    """What errors call each matrix, and the matrix in float64; values are not yet read."""
     import torch
 
     many = isinstance(x, (list, tuple))
     names = [f"{letter}[{i}]" for i in range(len(x))] if many else [letter]
     pairs = zip(names, x if many else [x], strict=True)
-    return [(name, dense(check_matrix(m, name)).to(torch.float64)) for name, m in pairs]
+    return [(name, dense(check_matrix(m, name, finite=False)).to(torch.float64)) for name, m in pairs]
 
 
 def _decomposed(
     named: Sequence[tuple[str, torch.Tensor]],
-    factor: Callable[[torch.Tensor], list[Any]],
-    on_chip: Callable[[Sequence[torch.Tensor]], list[Any]],
+    cuts: Sequence[float],
+    factor: Callable[[torch.Tensor], Parts],
+    on_chip: Callable[[Sequence[torch.Tensor]], list[tuple[Parts, Any]]],
     eigh: bool,
-) -> list[Any]:
-    """The decompositions in order.
+) -> list[tuple[Parts, int]]:
+    """The decompositions in order, each with its rank.
 
-    Jacobi where there is a GPU and a matrix fits; all others in batches of one shape, on CPU one thread each.
+    Jacobi where there is a GPU and a matrix fits; all others in batches of one shape, on CPU one thread each. Values
+    and ranks are read once per batch, so that a GPU is waited for seldom.
     """
-    import torch
-
-    made: list[Any] = [None] * len(named)
+    made: dict[int, tuple[Parts, int]] = {}
     jacobi = [i for i, (_, m) in enumerate(named) if _fits_on_chip(m, eigh)]
     for group in groups([named[i][1].device for i in jacobi]):
         numbers = [jacobi[j] for j in group]
-        for i, (result, convergence) in zip(numbers, on_chip([named[i][1] for i in numbers]), strict=True):
+        results = on_chip([named[i][1] for i in numbers])
+        for i, (_, convergence) in zip(numbers, results, strict=True):
             if convergence.sweeps < 1:
-                raise DataError(
-                    f"{named[i][0]}: Jacobi's sweeps did not converge",
-                    code="data.convergence",
-                    tensor=named[i][0],
-                    got=f"a cosine of {convergence.off:.1e} after 30 sweeps",
-                )
-            made[i] = result
-    rest = [i for i, result in enumerate(made) if result is None]
+                _refuse(*named[i], convergence)
+        ranks = _ranks([parts[1] for parts, _ in results], [cuts[i] for i in numbers])
+        made.update({i: (parts, rank) for i, (parts, _), rank in zip(numbers, results, ranks, strict=True)})
+    rest = [i for i in range(len(named)) if i not in made]
     tasks: list[list[int]] = []
     for group in groups([(named[i][1].shape, named[i][1].device) for i in rest]):
         numbers = [rest[j] for j in group]
         first = named[numbers[0]][1]
-        share = len(numbers) if first.device.type != "cpu" else -(-len(numbers) // torch.get_num_threads())
+        share = len(numbers) if first.device.type != "cpu" else -(-len(numbers) // _threads())
         step = max(1, min(share, LIMIT // max(1, 8 * first.numel())))
         tasks += [numbers[i : i + step] for i in range(0, len(numbers), step)]
-    parts = [[named[i][1] for i in task] for task in tasks]
-    for task, results in zip(tasks, in_threads(parts, lambda part: factor(torch.stack(part))), strict=True):
-        for i, result in zip(task, results, strict=True):
-            made[i] = result
-    return made
+    batches = [[named[i] for i in task] for task in tasks]
+    work = [(batch, cuts[task[0]]) for batch, task in zip(batches, tasks, strict=True)]
+    for task, found in zip(tasks, in_threads(work, lambda w: _batch(w[0], w[1], factor)), strict=True):
+        made.update(zip(task, found, strict=True))
+    return [made[i] for i in range(len(named))]
+
+
+def _threads() -> int:
+    """Threads that torch would use in this one."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _batch(
+    named: Sequence[tuple[str, torch.Tensor]], cut: float, factor: Callable[[torch.Tensor], Parts]
+) -> list[tuple[Parts, int]]:
+    """Matrices of one shape in one call."""
+    import torch
+
+    batch = torch.stack([m for _, m in named])
+    if not bool(torch.isfinite(batch).all()):
+        bad = int((~torch.isfinite(batch)).flatten(1).any(1).int().argmax())
+        check_matrix(batch[bad], named[bad][0])
+    left, values, right = factor(batch)
+    sizes = values.abs()
+    top = sizes.amax(-1, keepdim=True) if sizes.shape[-1] else sizes
+    ranks = (sizes > cut * top).sum(-1).tolist()
+    none: list[torch.Tensor | None] = [None] * len(named)
+    parts = zip(none if left is None else left, values, none if right is None else right, strict=True)
+    return list(zip(parts, ranks, strict=True))
+
+
+def _refuse(name: str, m: torch.Tensor, convergence: Any) -> None:
+    check_matrix(m, name)  # NaN and Inf have a message of their own
+    raise DataError(
+        f"{name}: Jacobi's sweeps did not converge",
+        code="data.convergence",
+        tensor=name,
+        got=f"a cosine of {convergence.off:.1e} after 30 sweeps",
+    )
 
 
 def _fits_on_chip(m: torch.Tensor, eigh: bool) -> bool:
@@ -185,17 +218,12 @@ def _fits_on_chip(m: torch.Tensor, eigh: bool) -> bool:
     )
 
 
-def _ranks(falling: Sequence[torch.Tensor], cuts: Sequence[float]) -> list[int]:
-    """How many of the falling values are above the cut times the first."""
+def _ranks(values: Sequence[torch.Tensor], cuts: Sequence[float]) -> list[int]:
+    """How many values are larger in magnitude than the cut times the largest; all on one device."""
     import torch
 
-    if not falling:
-        return []
-    empty = [s.new_zeros((), dtype=torch.int64) for s in falling]
-    counts = [(s > c * s[0]).sum() if s.numel() else e for s, c, e in zip(falling, cuts, empty, strict=True)]
-    if all(c.device == counts[0].device for c in counts):
-        return [int(k) for k in torch.stack(counts).tolist()]  # one wait for the device
-    return [int(k) for k in counts]
+    counts = [(s.abs() > c * s.abs().amax()).sum() for s, c in zip(values, cuts, strict=True)]
+    return [int(k) for k in torch.stack(counts).tolist()]
 
 
 def fix_signs(u: torch.Tensor, vh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
