@@ -124,7 +124,14 @@ def merge(root: Path, out: Path, method: str, models: list[object], **top: objec
     return load(out)
 
 
-@pytest.mark.parametrize("method", [n for n in names() if n not in SKIP])
+QUICK = ("linear", "ties", "dare_ties", "sce", "multislerp", "from_norm")
+"""One of each kind of pass; the others run with the slow tests."""
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in names() if n not in SKIP],
+)
 def test_equals_merged_models(root: Path, tmp_path: Path, method: str) -> None:
     """Against float64 checkpoints with the deltas folded in: a task vector is exact, not rounded to the base."""
     info = get(method).info
