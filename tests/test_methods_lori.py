@@ -84,7 +84,7 @@ def test_masks(granularity: str, sparsity: float) -> None:
 
 def test_the_count_is_exact_over_a_large_model() -> None:
     """Above 131,072 entries a sample brackets the threshold."""
-    given: dict[str, list[Delta]] = {f"layers.{i}.w": [product(3000, 8, 16, i)] for i in range(4)}
+    given: dict[str, list[Delta]] = {f"layers.{i}.w": [product(3000, 20, 16, i)] for i in range(4)}
     got = merge_all("lori", given)
     kept = sum(int(x.delta.b.count_nonzero()) for x in got.values() if isinstance(x.delta, Factors))
     assert kept == int((1.0 - 0.9) * 4 * 3000 * 16)
@@ -196,3 +196,13 @@ def test_from_norm_of_zeros() -> None:
     for asked in ({}, {"k": -1.0}):
         with pytest.raises(ArgumentError):
             bind_matrix(get_matrix("from_norm", "adapters"), asked, 2, "default")
+
+
+@pytest.mark.parametrize(("name", "params"), [("lori", {"sparsity": 0.0}), ("from_norm", {"k": 1.0})])
+def test_more_ranks_than_the_matrix_has(name: str, params: dict[str, float]) -> None:
+    """The sum is then one dense matrix, and the report says so."""
+    given = [product(30, 20, 6, t) for t in range(5)]
+    result = merge_all(name, {"q": given}, **params)["q"]
+    assert not isinstance(result.delta, Factors) and "ranks add up to 30" in result.report["route"]
+    shares = result.report.get("shares", [1.0] * 5)
+    assert relative(result.delta, sum(c * dense(f) for c, f in zip(shares, given, strict=True))) < 1e-6

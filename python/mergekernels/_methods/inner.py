@@ -137,10 +137,9 @@ class Inner:
     @property
     def text(self) -> str:
         """The method, its dialect and its share of kept entries, for a report."""
-        density = self.params.get("density")
-        if density is None:
+        shares = sorted({d for d in self.params.get("density", ()) if d is not None})
+        if not shares:
             return f"{self.method.info.name} ({self.dialect})"
-        shares = sorted(set(density))
         return f"{self.method.info.name} ({self.dialect}), density {', '.join(f'{d:g}' for d in shares)}"
 
     def spec(self, name: str, shape: tuple[int, int], scope: Scope, offset: int, tensor: int, seed: int) -> Spec:

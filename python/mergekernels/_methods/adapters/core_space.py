@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from ...errors import MergeError
 from ..factor_space import Core, all_factors, core_of, weighted
 from ..inner import ELEMENTWISE, Inner, inner_params, run_inner
-from ..matrix import MatrixSpec, Merged
+from ..matrix import MatrixSpec, Merged, Wants
 from ..protocol import MethodInfo, Param
 from .common import FOLD_SCALE, LAMBDA, MANY, WEIGHT, PerModule
+from .sums import weighted_sum
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +80,7 @@ class CoreSpace(PerModule):
         ),
         base="required",
         passes="2 QR decompositions of the stacked factors per module, the inner method on T matrices of the sum of "
-        "ranks squared, 1 write",
+        "ranks squared, 1 write; task_arithmetic without flatten decomposes nothing",
         source="Panariello et al. 2025, Accurate and efficient low-rank model merging in core space; "
         "apanariello4/core-space-merging task_merger.py",
         max_models=MANY,
@@ -112,23 +113,29 @@ class CoreSpace(PerModule):
             return [f"inner method {name} merges at most 64 adapters; got {len(weights)}"]
         return []
 
+    def wants(self, params: Mapping[str, Any], dialect: str) -> Wants:
+        """Truncation where it is asked for only: a dense sum is exact as it is."""
+        return Wants(rank="exact")
+
     def merge(self, spec: MatrixSpec, deltas: Sequence[Delta], state: Any = None) -> Merged:
         """The inner method in the core, and back."""
+        if self._is_sum(spec.params) and not spec.params["flatten"]:
+            # The cores add up to the core of the sum: nothing needs decomposing.
+            delta, route = weighted_sum(deltas, _sum_weights(spec.params), spec.shape)
+            return Merged(delta, {"route": route or "sum"})
         factors = all_factors(deltas)
         assert factors is not None
         name, params = spec.params["inner"], spec.params
         if name in ELEMENTWISE and not self._is_sum(params):
             return self._elementwise(spec, factors)
-        factors = weighted(factors, params["weight"])
+        factors = weighted(factors, _sum_weights(params) if self._is_sum(params) else params["weight"])
         core = core_of(factors)
         report: dict[str, Any] = {"core": core.shape}
         if name == "tsv_m":
             merged = self._tsv(spec, factors, core)
         else:
-            merged = sum(core.tasks()[1:], core.tasks()[0])
-            if name != "iso_c" and params["normalize"]:
-                total = sum(params["weight"])
-                merged = merged / (total if abs(total) >= 1e-8 else 1.0)
+            tasks = core.tasks()
+            merged = sum(tasks[1:], tasks[0])
             if name == "iso_c" and not params["flatten"]:
                 merged, rank = _flattened(merged, spec)
                 report["rank"] = rank
@@ -183,6 +190,15 @@ class CoreSpace(PerModule):
         if spec.params["flatten"]:
             merged, report["rank"] = _flattened(merged, spec)
         return Merged(core.expand(merged), report, warnings)
+
+
+def _sum_weights(params: Mapping[str, Any]) -> tuple[float, ...]:
+    """Of task_arithmetic: divided by their sum where it is asked to normalize."""
+    weights: tuple[float, ...] = params["weight"]
+    total = sum(weights)
+    if not params["normalize"] or abs(total) < 1e-8:
+        return weights
+    return tuple(w / total for w in weights)
 
 
 def _flattened(core: torch.Tensor, spec: MatrixSpec) -> tuple[torch.Tensor, int]:

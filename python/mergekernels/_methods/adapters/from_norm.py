@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..factor_space import all_factors
 from ..from_norm import shares
-from ..matrix import MatrixSpec, Merged
+from ..matrix import MatrixSpec, Merged, Wants
 from ..protocol import MethodInfo, Param
 from .common import FOLD_SCALE, LAMBDA, MANY, PerModule
+from .sums import weighted_sum
 
 if TYPE_CHECKING:
     from ...adapters.model import Delta, Factors
@@ -41,19 +42,18 @@ class FromNorm(PerModule):
         deviations=("derived: products are weighed, not factors; the paper's own rule for adapters is unknown",),
     )
 
+    def wants(self, params: Mapping[str, Any], dialect: str) -> Wants:
+        """Truncation where it is asked for only: a dense sum is exact as it is."""
+        return Wants(rank="exact")
+
     def merge(self, spec: MatrixSpec, deltas: Sequence[Delta], state: Any = None) -> Merged:
         """The weighted sum, its factors side by side."""
-        from ...ops import stack
-
         factors = all_factors(deltas)
         assert factors is not None
         parts = shares([_square(f) for f in factors], spec.params["k"])
-        used = [(f, c) for f, c in zip(factors, parts, strict=True) if c != 0.0]
-        if not used:
-            used = [(factors[0], 0.0)]
-        merged = stack([f for f, _ in used], [c for _, c in used])
+        merged, route = weighted_sum(factors, parts, spec.shape)
         warnings = () if any(parts) else (f"{spec.name}: every adapter's update is zero",)
-        return Merged(merged, {"rank": merged.rank, "shares": parts}, warnings)
+        return Merged(merged, {"shares": parts, "route": route or "sum"}, warnings)
 
 
 def _square(f: Factors) -> float:

@@ -12,6 +12,7 @@ from ..matrix import MatrixSpec, Merged, Wants, folds_scale
 from ..protocol import MethodInfo, Param
 from .common import FOLD_SCALE, LAMBDA, MANY, WEIGHT
 from .masks import Masking, Sizes, Thresholds, begin, measure_masks, next_masks
+from .sums import weighted_sum
 
 if TYPE_CHECKING:
     import torch
@@ -85,8 +86,8 @@ class Lori:
         return "model" if params["sparsity"] > 0.0 else "tensor"
 
     def wants(self, params: Mapping[str, Any], dialect: str) -> Wants:
-        """Adapters of one rank where factors are added."""
-        return Wants(equal_ranks=params["combination"] == "linear")
+        """Adapters of one rank where factors are added. Truncation where it is asked for only: a sum is exact."""
+        return Wants(equal_ranks=params["combination"] == "linear", rank="exact")
 
     def measure(self, spec: MatrixSpec, deltas: Sequence[Delta], state: Any = None) -> Any:
         """Sizes first, then passes of the selections over this module's B."""
@@ -117,14 +118,15 @@ class Lori:
             ]
             factors = [Factors(x, f.a) for x, f in zip(masked, factors, strict=True)]
             warnings += state.warnings(spec.name)
+        merged: Delta
         if spec.params["combination"] == "linear":
             merged, route = _linear(factors, spec), "linear"
         elif _shares_a(factors):
             merged, route = _on_one_a(factors, spec.params["weight"]), "one A"
             warnings.append(f"{spec.name}: all adapters have the same A; LoRI counts on A being different")
         else:
-            merged, route = _side_by_side(factors, spec.params["weight"]), "cat"
-        return Merged(merged, {"rank": merged.rank, "kept": kept, "route": route}, tuple(warnings))
+            merged, route = weighted_sum(factors, spec.params["weight"], spec.shape)
+        return Merged(merged, {"kept": kept, "route": route or "cat"}, tuple(warnings))
 
 
 def group_of(name: str, granularity: str) -> str:
@@ -170,13 +172,6 @@ def _on_one_a(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
     for f, w in used[1:]:
         b = b + f.b * w
     return Factors(b, used[0][0].a)
-
-
-def _side_by_side(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
-    from ...ops import stack
-
-    used = [(f, w) for f, w in zip(factors, weights, strict=True) if f.rank > 0]
-    return stack([f for f, _ in used], [w for _, w in used]) if used else factors[0]
 
 
 def _linear(factors: Sequence[Factors], spec: MatrixSpec) -> Factors:
