@@ -65,6 +65,16 @@ def test_at_a_gap_the_truncation_itself(route):
         assert relative(product(ops.lowrank(x, rank=12, route=route)), want) <= 1e-5
 
 
+@pytest.mark.parametrize("route", ["implicit", "dense"])
+def test_at_the_gap_of_adapters(route):
+    """Columns of falling length: the iteration could stop long before the delta is right to 1e-5."""
+    fall = 0.6 ** torch.arange(16)
+    parts = [Factors(gaussian(400, 16, 2 * i).float() * fall, gaussian(16, 380, 2 * i + 1).float()) for i in range(8)]
+    total = ops.stack(parts)
+    want = low_rank_of(total.b.to(F64) @ total.a.to(F64), 16)
+    assert relative(product(ops.lowrank(total, rank=16, route=route)), want) <= 1e-5
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_the_core_is_the_truncation_itself(seed):
     """At a gap the delta, not only its quality: 1e-6, also with repeated and unbalanced adapters."""

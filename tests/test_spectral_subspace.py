@@ -131,6 +131,10 @@ def test_more_copies_than_a_block_holds(copies, monkeypatch):
             assert excess(x, found.basis) <= 0
             if low == 0.0:
                 assert found.basis.shape[1] == min(k, copies)
+    two = with_values(torch.where(torch.arange(300) < copies, 1.0, 0.5).to(F64), 300, 300).float()
+    for k in (20, 45):
+        for accuracy in ("energy", "subspace"):
+            assert excess(two, ops.subspace(two, k=k, accuracy=accuracy).basis) <= 0
     eye = ops.subspace(torch.eye(200), k=30)
     assert torch.allclose(eye.ritz, torch.ones(30, dtype=F64), atol=1e-6) and eye.gap == pytest.approx(1.0)
 
