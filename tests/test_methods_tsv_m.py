@@ -113,3 +113,13 @@ def test_more_tasks_than_directions():
 def test_repeat_gives_the_same_bits():
     deltas = [torch.randn(40, 40, generator=torch.Generator().manual_seed(t)) for t in range(3)]
     assert torch.equal(dense(merged(deltas)), dense(merged(deltas)))
+
+
+@pytest.mark.parametrize("kind", ["flat", "head", "power"])
+def test_larger_matrices(kind):
+    """Where the dominant subspaces and the polar factors take the routes of large matrices."""
+    deltas = [brute.with_spectrum(320, 272, brute.spectra(272)[kind], t, torch.float32) for t in range(8)]
+    found = merged(deltas)
+    assert found.report["polar"] == "split"
+    assert brute.error(dense(found), brute.tsv_m(deltas)) < 5e-5
+    assert found.report["residual"] < 1e-5

@@ -76,6 +76,8 @@ def leading(
         near = plain_eigh(sideways, want)
         if near is not None:
             return _polished(sideways, near, want, strict, flip, "plain")
+        # A head: float32 products of an iteration would blur the many weaker directions that are wanted.
+        chosen = "whole"
     if chosen == "whole":
         return _whole(x, rank, energy)
     if flip and warm is not None:
