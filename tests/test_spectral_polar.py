@@ -15,7 +15,7 @@ from mergekernels.adapters.model import Factors
 from mergekernels.ops.spectral.minimax import schedule
 from spectra import F64, SPECTRA, factors, gaussian, matrix, orthonormal, polar_of, relative, svd, values, with_values
 
-ROUTES = ("auto", "gram", "svd", "newton_schulz", "qdwh")
+ROUTES = ("auto", "gram", "svd", "split", "newton_schulz", "qdwh")
 SHAPES = [(72, 72), (160, 48), (48, 160)]
 
 

@@ -171,6 +171,15 @@ def test_what_a_block_misses_is_found():
     assert remainder(x, vh[:4].mT, 1e-3) is None  # nothing is left but rounding
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_scaling(scale):
+    """Squares of the entries would leave the range of float32."""
+    s = LARGE["exponential"](torch.arange(400, dtype=F64))
+    x = with_values(s, 420, 400).float()
+    want = shrunk(x, 0.6) * scale
+    assert relative(ops.soft_threshold(x * scale, 0.6 * scale).y, want) <= 1e-5
+
+
 def test_many_values_above_the_threshold():
     """Nothing is gained there: the Gram's eigenvectors."""
     x = gaussian(500, 400).float()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ._krylov import Ritz, Want
 from ._maps import DenseMap, Map
 from .gram import plain_gram
+from .sharded import moderate
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,8 @@ def plain_eigh(x: Map, want: Want) -> Ritz | None:
     import torch
 
     k = want.rank
+    if not moderate(x.dense()):
+        return None
     values, vectors = torch.linalg.eigh(plain_gram([x.dense()], whole=False), UPLO="U")
     squares = values.flip(0).clamp_min(0.0)
     if float(squares[0]) > HEAD * float(squares[k - 1]):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from .iterations import probes
 from .qr import tall_qr
+from .sharded import moderate
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,7 @@ def triplets_above(
     most = n // 6  # from about there an eigendecomposition is as fast
     extra = _signs(n, 24, x)
     block = extra if warm is None else torch.cat([warm.to(x), extra[:, :8]], 1)
-    if block.shape[1] > most or size == 0.0:
+    if block.shape[1] > most or size == 0.0 or not moderate(x):
         return None
     block = tall_qr(block).q
     for _ in range(ROUNDS):

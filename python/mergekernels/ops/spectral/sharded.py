@@ -12,7 +12,7 @@ from ...errors import ArgumentError, DataError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BLOCK", "Matrix", "Sharded", "blocks", "check_matrix", "cut_like", "dense", "widen"]
+__all__ = ["BLOCK", "Matrix", "Sharded", "blocks", "check_matrix", "cut_like", "dense", "moderate", "widen"]
 
 BLOCK = 4096
 """Rows of one canonical block. Statistics are computed block by block from row 0, so no cut into shards shows."""
@@ -115,6 +115,12 @@ def check_matrix(x: Any, what: str, finite: bool = True) -> Matrix:
                 hint="Scale it.",
             )
     return widen(plain)
+
+
+def moderate(x: torch.Tensor) -> bool:
+    """Whether products of two entries of a float32 matrix, and sums of them, stay far inside the range of float32."""
+    size = float(x.abs().max()) if x.numel() else 1.0
+    return size == 0.0 or 1e-12 < size < 1e12
 
 
 def widen(x: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .gram import plain_gram
+from .sharded import moderate
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,8 @@ def split_polar(x: torch.Tensor, cut: float) -> torch.Tensor | None:
     import torch
 
     n = x.shape[1]
+    if not moderate(x):
+        return None
     g = plain_gram([x])
     trace = float(g.diagonal().sum(dtype=torch.float64))
     square = float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2
