@@ -8,7 +8,8 @@ import torch
 from mergekernels import ops
 from mergekernels.adapters.model import Factors
 from mergekernels.errors import ArgumentError, DataError
-from mergekernels.ops.spectral._maps import Map, as_map
+from mergekernels.ops.spectral._inputs import as_map
+from mergekernels.ops.spectral._maps import Map
 from mergekernels.ops.spectral._pairs import cheapest
 from spectra import F64, SPECTRA, factors, gaussian, low_rank_of, matrix, orthonormal, relative, svd
 

@@ -44,10 +44,6 @@ class Pairs:
     rounds: int
     route: str
 
-    def left(self) -> torch.Tensor:
-        """U, (m, k), orthonormal columns."""
-        return orthonormal(self.us)[0] if self.k else self.us
-
 
 def leading(
     x: Map, rank: int, energy: float | None, *, strict: bool, tol: float, warm: torch.Tensor | None = None,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal, overload
 from ...adapters.model import Factors
 from ...errors import ArgumentError
 from ._arguments import check_size, per_matrix
-from ._maps import Input, Map, as_map
+from ._inputs import Input, as_map
+from ._maps import Map
 from ._pairs import Pairs, leading
 from .batching import in_threads
 from .small import fix_signs

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from ...errors import ArgumentError
 from ._arguments import check_size, per_matrix
 from ._blocks import orthonormal
-from ._maps import Input, Map, as_map, transposed
+from ._inputs import Input, as_map
+from ._maps import Map, transposed
 from ._pairs import leading
 from .batching import in_threads
 from .sharded import check_matrix, dense
