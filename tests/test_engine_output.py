@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -188,3 +189,42 @@ def test_zero_everywhere(root: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="zero in every module"):
         run(recipe(root, "task_arithmetic", both(root), **top), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_config_has_what_all_adapters_agree_on(root: Path, tmp_path: Path) -> None:
+    """task_type and auto_mapping of the inputs; a revision only with its own base."""
+    fields = {"task_type": "CAUSAL_LM", "auto_mapping": {"base_model_class": "X"}, "revision": "v1"}
+    for seed in (1, 2):
+        adapters.save_adapter(tmp_path / f"l{seed}", seed=seed, modules=MLPS[:1], **fields)
+    models = [f"{root}/base+{tmp_path}/l{seed}" for seed in (1, 2)]
+    top = {"parameters": {"weight": 1.0}, "output": {"kind": "adapter", "rank": 2}}
+    run(recipe(root, "task_arithmetic", models, **top), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["task_type"], config["auto_mapping"]) == ("CAUSAL_LM", {"base_model_class": "X"})
+    assert config["revision"] is None
+    other = adapters.save_adapter(tmp_path / "l3", seed=3, modules=MLPS[:1], task_type="SEQ_CLS")
+    run(recipe(root, "task_arithmetic", [*models, f"{root}/base+{other}"], **top), tmp_path / "mixed")
+    config = json.loads((tmp_path / "mixed" / "adapter_config.json").read_text())
+    assert (config["task_type"], config["auto_mapping"]) == (None, None)
+
+
+def test_the_base_of_the_hub_cache_has_its_revision(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    commit = "0123456789" * 4
+    folder = tmp_path / "cache" / "models--org--name"
+    shutil.copytree(root / "base", folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "v1").write_text(commit)
+    data = {
+        "merge_method": "task_arithmetic",
+        "base_model": "org/name@v1",
+        "models": [{"model": {"model": "org/name@v1", "lora": str(root / "lora1")}}],
+        "parameters": {"weight": 1.0},
+        "output": {"kind": "adapter", "rank": 2},
+    }
+    (tmp_path / "r.yml").write_text(json.dumps(data))
+    run(tmp_path / "r.yml", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/name", "v1")

@@ -18,7 +18,7 @@ from .model import Adapter, Factors, Site
 from .report import InputReport, MergeReport, ModuleReport
 from .truncate import Cut
 
-__all__ = ["asked_dtype", "assemble", "common_dtype"]
+__all__ = ["agreed", "asked_dtype", "assemble", "common_dtype"]
 
 
 def assemble(
@@ -42,7 +42,7 @@ def assemble(
         dtype=stored.name,
         base=next((a.base for a in adapters if a.base), ""),
         extras={name: load for a in reversed(adapters) for name, load in a.extras.items()},
-        inherited=_inherited(adapters),
+        inherited=agreed(adapters),
         sources=tuple(adapters),
         shapes=job.shapes,
     )
@@ -132,7 +132,7 @@ def asked_dtype(asked: Any) -> DType | None:
     return found
 
 
-def _inherited(adapters: Sequence[Adapter]) -> dict[str, Any]:
+def agreed(adapters: Sequence[Adapter]) -> dict[str, Any]:
     """Fields of the configs in which all agree."""
     first = adapters[0].config
     return {key: value for key, value in first.items() if all(a.config.get(key) == value for a in adapters[1:])}

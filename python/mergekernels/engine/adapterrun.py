@@ -14,8 +14,10 @@ from .._version import __version__
 from ..adapters.changes import site_for
 from ..adapters.model import Factors, Site
 from ..errors import InputError, MergeError
+from ..formats.checkpoint import Checkpoint
+from ..formats.hub import looks_like_hub
 from ..tensors import F64, dtype_of
-from .adapted import module_of
+from .adapted import AdaptedCheckpoint, module_of
 from .context import Context, Worker
 from .events import Progress, ProgressSink, RunReport
 from .fileops import fsync_dir, output_error, publish_swap
@@ -28,6 +30,7 @@ from .matrixjob import MatrixJob, measure_model, plain
 from .plan import Plan
 from .readahead import ReadAhead
 from .receipts import TensorRecord
+from .resolved import ResolvedMerge
 from .scheduler import Scheduler
 from .staging import Staging
 from .target import check_apart, refuse_to_replace
@@ -281,5 +284,31 @@ def _write(ctx: Context, staging: Staging, collector: _Collector) -> None:
         "inputs": input_identities(merge),
         "modules": report,
     }
-    target = Path(staging.tree)
-    write_peft(target, modules, base_name=donor.label, dtype=dtype.name, metadata=metadata, overwrite=True)
+    name, config = _inherited(merge, donor)
+    shapes = {n: t.shape for n, t in donor.tensors.items()}
+    write_peft(
+        Path(staging.tree),
+        modules,
+        base_name=name,
+        dtype=dtype.name,
+        metadata=metadata,
+        config=config,
+        base=shapes,
+        overwrite=True,
+    )
+
+
+def _inherited(merge: ResolvedMerge, donor: Checkpoint) -> tuple[str, dict[str, Any]]:
+    """The name of the base, and the fields in which the configs of all adapters on it agree."""
+    from ..adapters.result import agreed
+
+    name, _, revision = donor.label.partition("@")
+    if donor.path.parent.name != "snapshots" or not looks_like_hub(name):
+        name, revision = donor.label, ""
+    adapters = [c.adapter for c in merge.inputs if isinstance(c, AdaptedCheckpoint)]
+    config = agreed(adapters) if adapters else {}
+    if revision:
+        config["revision"] = revision
+    elif any(a.base != name for a in adapters):
+        config.pop("revision", None)  # of what the adapters call their base
+    return name, config
