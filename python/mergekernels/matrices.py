@@ -246,7 +246,7 @@ class Task:
         wholes = []
         for i, column in enumerate(columns):
             delta = column.to(wide) if base is None else column.to(wide) - base
-            if not bool(torch.isfinite(delta).all()):
+            if not _all_finite(delta):
                 raise _nonfinite(inputs, i, column, base, delta)
             wholes.append(delta)
         extra = []
@@ -277,7 +277,7 @@ class Task:
         result: list[Delta] = []
         for whole in self.wholes:
             x = whole.reshape(shape)[index]
-            if self.base is not None and not bool(x.any()):
+            if self.base is not None and not (bool(x[:1].any()) or bool(x.any())):
                 result.append(Factors(x.new_zeros(x.shape[0], 0), x.new_zeros(0, x.shape[1])))
             else:
                 result.append(x)
@@ -307,7 +307,7 @@ class Task:
                 report[spec.name] = {**found.report, **({"warnings": found.warnings} if found.warnings else {})}
             results.append(self._written(found, i, dtype))
         whole = results[0] if len(results) == 1 else torch.stack(results)
-        if not bool(torch.isfinite(whole).all()):
+        if not _all_finite(whole):
             bad = (~torch.isfinite(whole)).flatten()
             first, count = int(bad.to(torch.int8).argmax()), int(bad.sum())
             raise nonfinite("", first, count, _scope(self.inputs), [self.inputs.name], output=True)
@@ -342,6 +342,18 @@ class Task:
         elif scale != 1.0:
             delta = delta * scale
         return (delta if base is None else base + delta).to(dtype)
+
+
+def _all_finite(x: torch.Tensor) -> bool:
+    """Whether no entry is NaN or Inf: one pass, without a tensor of flags."""
+    import math
+
+    import torch
+
+    if not x.numel():
+        return True
+    low, high = torch.aminmax(x)  # a NaN anywhere is both
+    return math.isfinite(float(low)) and math.isfinite(float(high))
 
 
 def _whole(inputs: Inputs, position: int, dim: int) -> torch.Tensor:

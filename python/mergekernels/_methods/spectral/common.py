@@ -172,7 +172,7 @@ def tasks_of(spec: MatrixSpec, deltas: Sequence[Delta]) -> Tasks:
         if weight != 1.0:
             delta = replace(delta, b=delta.b * weight) if isinstance(delta, Factors) else delta * weight
         zero = isinstance(delta, Factors) and not (bool(delta.b.any()) and bool(delta.a.any()))
-        if zero or (not isinstance(delta, Factors) and not bool(delta.any())):
+        if zero or (not isinstance(delta, Factors) and not (bool(delta[:1].any()) or bool(delta.any()))):
             continue
         live.append(delta)
     factored = all(isinstance(d, Factors) for d in live)
