@@ -9,7 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from ..engine.pool import Reader
-from ..engine.recipe.names import is_embedding_side
+from ..engine.sites import site_for
 from ..errors import DataError, InputError, MergeError, PlanError
 from ..formats.checkpoint import Checkpoint, TensorInfo
 from ..tensors import DType
@@ -18,14 +18,10 @@ from .model import Site
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Changes", "difference", "equal_bytes", "load_tensor", "pair_up", "site_for"]
+__all__ = ["Changes", "difference", "equal_bytes", "load_tensor", "pair_up"]
 
 _CHUNK = 1 << 22
 """Elements that are read and widened at a time."""
-
-_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
-_CONV1D_MODULES = {"c_attn", "c_proj", "c_fc", "q_attn"}
-_EMBEDDINGS = ("embed", "wte", "wpe")
 
 
 @dataclass(frozen=True)
@@ -103,21 +99,6 @@ def pair_up(base: Checkpoint, tuned: Checkpoint, include: Sequence[str], exclude
     if problems:
         raise problems[0] if len(problems) == 1 else PlanError(problems)
     return Changes(base, tuned, tuple(sites), tuple(rest))
-
-
-def site_for(base: Checkpoint, name: str, info: TensorInfo) -> Site | None:
-    """The site of a weight that can have factors."""
-    if not name.endswith(".weight") or not info.dtype.is_float or not 2 <= len(info.shape) <= 5 or 0 in info.shape:
-        return None
-    module = name.removesuffix(".weight")
-    leaf = module.rpartition(".")[2]
-    if len(info.shape) > 2:
-        return Site(module, "conv", info.shape)
-    if any(part in leaf for part in _EMBEDDINGS) and is_embedding_side(name):
-        return Site(module, "embedding", info.shape)
-    if base.config.get("model_type") in _CONV1D and leaf in _CONV1D_MODULES:
-        return Site(module, "fan_in_fan_out", info.shape)
-    return Site(module, "linear", info.shape)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from .._methods.matrix import Merged
 from .._version import __version__
-from ..adapters.changes import site_for
 from ..adapters.model import Factors, Site
 from ..errors import InputError, MergeError
 from ..formats.checkpoint import Checkpoint
@@ -32,6 +31,7 @@ from .readahead import ReadAhead
 from .receipts import TensorRecord
 from .resolved import ResolvedMerge
 from .scheduler import Scheduler
+from .sites import site_for
 from .staging import Staging
 from .target import check_apart, refuse_to_replace
 from .unit import Unit
