@@ -29,10 +29,11 @@ def stacked(n: int, tasks: int) -> torch.Tensor:
     [
         gaussian(256, 256, 1),
         gaussian(300, 200, 2),
+        gaussian(640, 160, 5),
         stacked(256, 8),
         brute.with_spectrum(192, 160, brute.spectra(160)["flat"], 3, torch.float32),
     ],
-    ids=["gaussian", "rectangular", "stacked", "flat"],
+    ids=["gaussian", "rectangular", "aspect 4", "stacked", "flat"],
 )  # fmt: skip
 @pytest.mark.parametrize("flip", [False, True])
 def test_split_polar(x, flip):

@@ -34,7 +34,7 @@ FLOOR = 1e-6
 LONG = 1.25
 """Aspect from which the Gram route is faster than LAPACK's float32 SVD on CPU ; both take about as long there."""
 
-SHORT = 2.0
+SHORT = 16.0
 """Aspect up to which a float32 Gram with a float64 block for weak directions is tried first on CPU."""
 
 TINY = 128

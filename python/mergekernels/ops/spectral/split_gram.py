@@ -44,7 +44,7 @@ def split_polar(x: torch.Tensor, cut: float) -> torch.Tensor | None:
     if weak * MOST > n:
         return None
     strong, lengths = vectors[:, weak:], values[weak:]
-    p: torch.Tensor = (x @ strong * lengths.rsqrt()) @ strong.mT
+    p: torch.Tensor = x @ ((strong * lengths.rsqrt()) @ strong.mT)
     if weak:
         block = _weak(x, vectors[:, :weak], strong, lengths, cut * top**0.5)
         if block is None:
