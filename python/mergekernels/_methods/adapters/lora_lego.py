@@ -94,7 +94,7 @@ class LoraLego(PerModule):
         import torch
 
         from ...adapters.model import Factors
-        from ...ops.tensor.cluster import cluster_gram
+        from ...ops.tensor.cluster import cluster, cluster_gram
 
         factors = all_factors(deltas)
         assert factors is not None
@@ -113,11 +113,12 @@ class LoraLego(PerModule):
         r = total / len(factors)
         k = min(params["k"] or max(1, round(r)), count)
         left, right = (x.double() for x in features)
-        gram = left.mT @ left + right @ right.mT
-        found = cluster_gram(
-            [gram], k, n_starts=params["n_starts"], max_iter=params["max_iter"], seed=spec.seed,
-            sign="adaptive" if params["sign"] == "adaptive" else "none",
-        )[0]  # fmt: skip
+        options: dict[str, Any] = {"n_starts": params["n_starts"], "max_iter": params["max_iter"], "seed": spec.seed}
+        options["sign"] = "adaptive" if params["sign"] == "adaptive" else "none"
+        if count > 8192:  # the Gram of so many units would be larger than they are
+            found = cluster(torch.cat([left.mT, right], 1), k, **options)
+        else:
+            found = cluster_gram([left.mT @ left + right @ right.mT], k, **options)[0]
         member = torch.nn.functional.one_hot(found.labels, k).to(torch.float64) * found.signs[:, None]
         share = member / member.abs().sum(0)
         mu_b, mu_a = b.double() @ share, share.mT @ a.double()

@@ -75,11 +75,12 @@ def run(batch: Batch, c: torch.Tensor, u: torch.Tensor, v: torch.Tensor, options
             longer += ((found < error) & ~done).cpu().long()
             after, error = normalised(longest), found
         relative = error.clamp_min(0.0).sqrt() / safe[modules.to(safe.device)][:, None]
+        relative = relative.nan_to_num(nan=float("inf"))  # a start that broke down loses to all others
         state = after.where(~done, before)
         relative = torch.where(done, last, relative)
         stopped = done
         if k >= 2:
-            done = done | ((last - relative).abs() < options.tol)
+            done = done | ((last - relative).abs() < options.tol) | relative.isinf()
         rows = zip(modules.tolist(), which.tolist(), relative.tolist(), stopped.tolist(), strict=True)
         for module, starts_left, values, still in rows:
             for start, value, stopped_before in zip(starts_left, values, still, strict=True):

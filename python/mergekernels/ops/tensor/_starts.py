@@ -15,6 +15,9 @@ __all__ = ["gaussian", "gevd", "hosvd", "random_start"]
 _PURPOSE = 9
 """Purpose of the Philox words of starts; the kernels' own are below 8."""
 
+_EXACT = 512
+"""Size up to which leading eigenvectors come from all of them."""
+
 
 def gaussian(shape: tuple[int, ...], seed: int, module: int, start: int, mode: int) -> torch.Tensor:
     """Standard normal numbers in float64 that depend on these five alone (Box-Muller on Philox words)."""
@@ -33,20 +36,30 @@ def gaussian(shape: tuple[int, ...], seed: int, module: int, start: int, mode: i
     return flat[:count].reshape(shape)
 
 
-def _leading(grams: torch.Tensor, count: int) -> torch.Tensor:
-    """The eigenvectors of the `count` largest eigenvalues, (N, p, count)."""
+def _leading(x: torch.Tensor, y: torch.Tensor, count: int, batch: Batch, seed: int) -> torch.Tensor:
+    """Eigenvectors of the `count` largest eigenvalues of S = X blkdiag(y_t^T y_t) X^T, (N, p, count).
+
+    A start needs them roughly: of a large S they come from rounds of S on a few more vectors than asked for.
+    """
     import torch
 
-    vectors: torch.Tensor = torch.linalg.eigh(grams)[1]
-    return vectors.flip(-1)[..., :count]
+    p = x.shape[-2]
+    count = min(count, p)
+    half = batch.tasks.within(x, y)
+    if p <= max(_EXACT, 4 * count):
+        exact: torch.Tensor = torch.linalg.eigh(half @ x.mT)[1]
+        return exact.flip(-1)[..., :count]
+    basis: torch.Tensor = gaussian((p, count + 8), seed, 0, 0, 3).to(x)
+    for _ in range(3):
+        basis = torch.linalg.qr(half @ (x.mT @ basis))[0]
+    image = half @ (x.mT @ basis)
+    turn: torch.Tensor = torch.linalg.eigh(basis.mT @ image)[1].flip(-1)[..., :count]
+    return basis @ turn
 
 
-def _bases(batch: Batch, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _bases(batch: Batch, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Leading eigenvectors of sum_t D_t D_t^T and of sum_t D_t^T D_t, at most `count` of each."""
-    same = batch.tasks.mT @ batch.tasks  # 1 within a task
-    out = batch.b @ ((batch.a.mT @ batch.a) * same) @ batch.b.mT
-    into = batch.a @ ((batch.b.mT @ batch.b) * same) @ batch.a.mT
-    return _leading(out, min(count, out.shape[-1])), _leading(into, min(count, into.shape[-1]))
+    return _leading(batch.b, batch.a, count, batch, seed), _leading(batch.a, batch.b, count, batch, seed)
 
 
 def _filled(u: torch.Tensor, count: int, seed: int, modules: list[int], start: int, mode: int) -> torch.Tensor:
@@ -62,7 +75,7 @@ def _filled(u: torch.Tensor, count: int, seed: int, modules: list[int], start: i
 
 def hosvd(batch: Batch, rank: int, seed: int, modules: list[int], start: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(u, v): leading eigenvectors of both sides; missing columns are random."""
-    u, v = _bases(batch, rank)
+    u, v = _bases(batch, rank, seed)
     return _filled(u, rank, seed, modules, start, 1), _filled(v, rank, seed, modules, start, 2)
 
 
@@ -85,12 +98,10 @@ def gevd(batch: Batch, rank: int, seed: int, modules: list[int], start: int) -> 
     u, v = random_start(batch, rank, seed, modules, start)
     if rank > min(batch.b.shape[1], batch.a.shape[1]):
         return u, v
-    left, right = _bases(batch, rank)
+    left, right = _bases(batch, rank, seed)
     b, a = left.mT @ batch.b, right.mT @ batch.a
-    tasks = batch.tasks.shape[0]
-    mixtures = torch.stack([gaussian((2, tasks), seed, module, start, 0) for module in modules]).to(b)
-    owner = batch.tasks.argmax(0)
-    one, two = ((b * mixtures[:, k, None, owner]) @ a.mT for k in (0, 1))
+    mixtures = torch.stack([gaussian((2, len(batch.tasks)), seed, module, start, 0) for module in modules]).to(b)
+    one, two = ((b * batch.tasks.spread(mixtures[:, k, None])) @ a.mT for k in (0, 1))
     sound = torch.linalg.cond(two) < 1e8
     if not bool(sound.any()):
         return u, v

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from .tasks import Tasks
+
 __all__ = ["Batch", "State", "extrapolate", "normalised", "sweep"]
 
 STEPS = (1.25, 1.5, 2.0, 3.0, 5.0, 8.0)
@@ -22,11 +24,11 @@ STEPS = (1.25, 1.5, 2.0, 3.0, 5.0, 8.0)
 
 @dataclass
 class Batch:
-    """Cores of N modules. b : (N, p, R). a : (N, q, R). tasks : (T, R). norm2 : ||X||^2, (N)."""
+    """Cores of N modules. b : (N, p, R). a : (N, q, R). norm2 : ||X||^2, (N)."""
 
     b: torch.Tensor
     a: torch.Tensor
-    tasks: torch.Tensor
+    tasks: Tasks
     norm2: torch.Tensor
 
     def of(self, index: torch.Tensor) -> Batch:
@@ -106,7 +108,7 @@ def _update(m: torch.Tensor, g: torch.Tensor, old: torch.Tensor, prox: float, ri
     weight = torch.full_like(mean, max(prox, 0.0))
     for _ in range(40):
         lower, info = torch.linalg.cholesky_ex(g + (weight + ridge) * mean * eye)
-        failed = (info != 0)[..., None, None]
+        failed = (info != 0)[..., None, None] & torch.isfinite(mean)
         if not bool(failed.any()):
             break
         weight = torch.where(failed, torch.clamp(weight * 2.0, min=1e-14), weight)
@@ -118,11 +120,10 @@ def sweep(batch: Batch, state: State, prox: float) -> tuple[State, torch.Tensor]
     """One sweep in the order task, out, in; the state after it, and err^2 (N, s) of that state."""
     import torch
 
-    owner = batch.tasks.argmax(0)
     c, u, v = state.c, state.u, state.v
     gu, gv = _gram(u), _gram(v)
-    c = _update(batch.tasks @ (state.su * state.sv), gu * gv, c, prox, state.ridge)
-    spread = c[:, :, owner]
+    c = _update(batch.tasks.total(state.su * state.sv), gu * gv, c, prox, state.ridge)
+    spread = batch.tasks.rows(c)
     gc = _gram(c)
     m = _outer(batch.b, state.sv * spread)
     fresh = _update(m, gc * gv, u, prox, state.ridge)
@@ -162,7 +163,7 @@ def extrapolate(batch: Batch, before: State, after: State, error: torch.Tensor) 
     moves = [y - x for x, y in ((before.c, after.c), (before.u, after.u), (before.v, after.v))]
     du, dv = after.su - before.su, after.sv - before.sv
     grams = [_along(f, d) for f, d in zip((after.c, after.u, after.v), moves, strict=True)]
-    sums = [batch.tasks @ product for product in (after.su * after.sv, du * after.sv + after.su * dv, du * dv)]
+    sums = [batch.tasks.total(product) for product in (after.su * after.sv, du * after.sv + after.su * dv, du * dv)]
     values = [[(f * x).sum((-2, -1)) for x in sums] for f in (after.c, moves[0])]
     best = torch.zeros_like(error)
     for step in STEPS:

@@ -13,7 +13,7 @@ from ..spectral.batching import in_threads
 from ._als import Options, Outcome, run
 from ._starts import gevd, hosvd, random_start
 from ._sweeps import Batch
-from .stack import Core, cores_of, expand, is_module, stacks_of
+from .stack import Core, cores_of, is_module, stacks_of
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,8 @@ def cp_als(
     cores of the stacked factors; all modules of equal core shape and all their starts in one batch.
 
     stack : a list of (B, A) pairs (or Factors), B (m, r_t) and A (r_t, n), the scale inside B, ranks free; or a list of
-        such lists, one per module. B may be row shards, A column shards (`ops.Sharded`).
+        such lists, one per module. B may be row shards, A column shards (`ops.Sharded`). An update may be a matrix
+        (m, n) instead, a whole stack a tensor (T, m, n): they count as factors of rank min(m, n).
     rank : terms c, 1 or more; above the sum of the ranks it is reduced, and a warning says so.
     weights : positive number per task; None for 1. normalize : "fro" divides each slice by its norm for the fit.
     init : "auto" (hosvd, gevd, random; after 10 sweeps the two best go on), "hosvd", "gevd", "random", or explicit
@@ -92,10 +93,16 @@ def cp_als(
             raise ArgumentError(f"{name} is not usable", code=f"cp.{name}", expected="0 or more", got=repr(value))
     if normalize not in (None, "fro"):
         raise ArgumentError("normalize is not usable", code="cp.normalize", expected="None, fro", got=repr(normalize))
+    seed = check_integer(seed, 0, 1 << 63, "seed")
+    if not isinstance(init, (str, list, tuple, CP)):
+        raise ArgumentError("init is not usable", code="cp.init", expected="a name or factors", got=type(init).__name__)
     explicit = None if isinstance(init, str) else ([init] if single else list(init))
     if explicit is None and init not in ("auto", "hosvd", "gevd", "random"):
         raise ArgumentError(
-            "init is not usable", code="cp.init", expected="auto, hosvd, gevd, random or (weights, factors)", got=init
+            "init is not usable",
+            code="cp.init",
+            expected="auto, hosvd, gevd, random or (weights, factors)",
+            got=str(init),
         )
     if explicit is not None and len(explicit) != len(stacks):
         raise ArgumentError("init does not fit", code="cp.init", expected=f"{len(stacks)}", got=str(len(explicit)))
@@ -127,12 +134,16 @@ def _scales(core: Core, weights: Sequence[float] | None, normalize: str | None, 
     import torch
 
     count = len(core.ranks)
-    if weights is not None and (len(weights) != count or not all(0.0 < float(w) < float("inf") for w in weights)):
+    try:
+        numbers = [1.0] * count if weights is None else [float(w) for w in weights]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != count or not all(0.0 < w < float("inf") for w in numbers):
         raise ArgumentError(
             "weights are not usable", code="cp.weights", tensor=what, expected=f"{count} positive numbers",
-            got=repr(list(weights)),
+            got=repr(weights),
         )  # fmt: skip
-    scale = torch.ones(count, dtype=torch.float64) if weights is None else torch.tensor(weights).double().sqrt()
+    scale = torch.tensor(numbers, dtype=torch.float64).sqrt()
     scale = scale.to(core.norm2.device)
     if normalize == "fro":
         norms = core.norm2.sqrt()
@@ -147,9 +158,10 @@ def _chunks(cores: list[Core], rank: int, starts: int) -> Iterator[list[int]]:
     groups: dict[Any, list[int]] = {}
     for i, core in enumerate(cores):
         groups.setdefault((core.b.shape, core.a.shape, core.ranks, str(core.b.device)), []).append(i)
-    for (b, a, ranks, _), members in groups.items():
+    for (b, a, ranks, device), members in groups.items():
         size = 8 * (b[0] + a[0]) * (b[1] + 6 * rank * starts) + 8 * 6 * sum(ranks) * rank * starts
-        step = max(1, min(_CHUNK // max(1, size), -(-len(members) // torch.get_num_threads())))
+        threads = torch.get_num_threads() if device == "cpu" else 1
+        step = max(1, min(_CHUNK // max(1, size), -(-len(members) // threads)))
         for k in range(0, len(members), step):
             yield members[k : k + step]
 
@@ -162,17 +174,17 @@ def _fit(
     import torch
 
     tasks = cores[0].tasks
-    owner = tasks.argmax(0) if tasks.shape[1] else torch.zeros(0, dtype=torch.int64)
-    b = torch.stack([core.b * scale[owner] for core, scale in zip(cores, scales, strict=True)])
-    a = torch.stack([core.a for core in cores])
+    b = _stacked([core.b * tasks.spread(s) if bool((s != 1.0).any()) else core.b
+                  for core, s in zip(cores, scales, strict=True)])  # fmt: skip
+    a = _stacked([core.a for core in cores])
     norm2 = torch.stack([(core.norm2 * s * s).sum() for core, s in zip(cores, scales, strict=True)])
     batch = Batch(b, a, tasks, norm2)
-    used = max(1, min(rank, sum(cores[0].ranks)))
-    if tasks.shape[1] == 0 or not bool((norm2 > 0).any()):
+    used = max(1, min(rank, tasks.columns))
+    if tasks.columns == 0 or not bool((norm2 > 0).any()):
         return [(_zero(batch, used), used) for _ in cores]
     if explicit is not None:
         given = [
-            _given(explicit[i], core, s, f"init of stack[{i}]")
+            _given(explicit[i], rank, core, s, f"init of stack[{i}]")
             for i, core, s in zip(modules, cores, scales, strict=True)
         ]
         c, u, v = (torch.stack([g[k] for g in given])[:, None] for k in range(3))
@@ -186,26 +198,44 @@ def _fit(
     return [(outcome, used) for outcome in run(batch, c, u, v, options)]
 
 
-def _given(init: Any, core: Core, scale: torch.Tensor, what: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _stacked(cores: list[torch.Tensor]) -> torch.Tensor:
+    """The cores as one tensor; a single one is not copied."""
+    import torch
+
+    return cores[0][None] if len(cores) == 1 else torch.stack(cores)
+
+
+def _given(
+    init: Any, rank: int, core: Core, scale: torch.Tensor, what: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Explicit factors in the coordinates of the core."""
     import torch
 
     from ..spectral.sharded import Sharded
 
-    weight, factors = init
+    if not isinstance(init, (list, tuple, CP)) or len(parts := list(init)) != 2:
+        raise ArgumentError("init is not usable", code="cp.init", tensor=what, expected="(weights, [C, U, V])",
+                            got=type(init).__name__)  # fmt: skip
+    weight, factors = parts
     wide = [(x.dense() if isinstance(x, Sharded) else torch.as_tensor(x)).to(core.b.device, torch.float64)
             for x in factors]  # fmt: skip
     sizes = (len(core.ranks), *((basis.shape[0] if basis is not None else x.shape[0])
              for basis, x in ((core.qb, core.b), (core.qa, core.a))))  # fmt: skip
-    if len(wide) != 3 or any(x.ndim != 2 or x.shape != (n, wide[0].shape[1]) for x, n in zip(wide, sizes, strict=True)):
+    if len(wide) != 3 or any(x.ndim != 2 or x.shape != (n, rank) for x, n in zip(wide, sizes, strict=True)):
         raise ArgumentError(
             "explicit factors do not fit the stack", code="cp.init", tensor=what,
-            expected=f"[C, U, V] with {sizes[0]}, {sizes[1]}, {sizes[2]} rows and equal columns",
+            expected=f"[C, U, V] with {sizes[0]}, {sizes[1]}, {sizes[2]} rows and {rank} columns",
             got=", ".join(str(tuple(x.shape)) for x in wide),
         )  # fmt: skip
     c, u, v = wide
     if weight is not None:
-        c = c * torch.as_tensor(weight).to(c)
+        weight = torch.as_tensor(weight).to(c)
+        if weight.shape != (rank,):
+            raise ArgumentError("explicit weights do not fit", code="cp.init", tensor=what, expected=f"({rank},)",
+                                got=str(tuple(weight.shape)))  # fmt: skip
+        c = c * weight
+    if not all(bool(torch.isfinite(x).all()) for x in (c, u, v)):
+        raise DataError("explicit factors hold NaN or Inf", code="data.nonfinite", tensor=what)
 
     def inside(basis: Any, x: torch.Tensor) -> torch.Tensor:
         if basis is None:
@@ -213,13 +243,13 @@ def _given(init: Any, core: Core, scale: torch.Tensor, what: str) -> tuple[torch
         whole = basis.dense() if isinstance(basis, Sharded) else basis
         return whole.to(torch.float64).mT @ x
 
-    return c * scale[:, None], inside(core.qb, u), inside(core.qa, v)
+    return c / core.scale * scale[:, None], inside(core.qb, u), inside(core.qa, v)
 
 
 def _zero(batch: Batch, rank: int) -> Outcome:
     zeros = batch.b.new_zeros
     return Outcome(
-        zeros((batch.tasks.shape[0], rank)), zeros((batch.b.shape[1], rank)), zeros((batch.a.shape[1], rank)),
+        zeros((len(batch.tasks), rank)), zeros((batch.b.shape[1], rank)), zeros((batch.a.shape[1], rank)),
         [0.0], 0, True, 0, (0.0,), 0.0, 0.0, 0.0, False,
     )  # fmt: skip
 
@@ -231,8 +261,11 @@ def _result(core: Core, scale: torch.Tensor, o: Outcome, asked: int, used: int, 
     c = o.c / scale[:, None]
     order = (c * c).sum(0).argsort(descending=True, stable=True)
     c, u, v = c[:, order], o.u[:, order], o.v[:, order]
+    if not bool(torch.isfinite(c).all() & torch.isfinite(u).all() & torch.isfinite(v).all()):
+        raise DataError("the factorisation broke down", code="cp.breakdown", hint="A larger prox, or ridge, helps.")
     errors = _task_errors(core, c, u, v)
-    full = [expand(core.qb, u, core.dtype), expand(core.qa, v, core.dtype)]
+    c = _in_range(c * core.scale, core.dtype)
+    full = core.expand(u, v)
     turns = [signs(x) for x in full]
     full = [signed(x, turn) for x, turn in zip(full, turns, strict=True)]
     c = c * turns[0] * turns[1]
@@ -273,9 +306,23 @@ def _result(core: Core, scale: torch.Tensor, o: Outcome, asked: int, used: int, 
     return CP(torch.ones(used, dtype=core.dtype), factors, 1.0 - o.history[-1], tuple(o.history), diagnostics)
 
 
+def _in_range(c: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """C, which holds the scale, if `dtype` can hold it."""
+    import torch
+
+    largest, info = float(c.abs().max()) if c.numel() else 0.0, torch.finfo(dtype)
+    if largest > info.max or 0.0 < largest < info.tiny:
+        raise DataError(
+            f"the terms leave the range of {str(dtype).removeprefix('torch.')}", code="cp.range",
+            expected=f"a largest coefficient between {info.tiny:.3g} and {info.max:.3g}", got=f"{largest:.3g}",
+            hint="Scale the factors, or pass float64.",
+        )  # fmt: skip
+    return c
+
+
 def _task_errors(core: Core, c: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> tuple[float, ...]:
     """err_t / ||D_t|| of every task, 0 for a zero task that is fitted by zero."""
-    products = core.tasks @ ((core.b.mT @ u) * (core.a.mT @ v))
+    products = core.tasks.total((core.b.mT @ u) * (core.a.mT @ v))
     grams = (u.mT @ u) * (v.mT @ v)
     errors = core.norm2 + ((c @ grams) * c).sum(1) - 2.0 * (products * c).sum(1)
     found = []

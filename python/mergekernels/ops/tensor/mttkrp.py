@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..._backends import _triton_mttkrp as kernels
-from ...errors import ArgumentError
+from ...errors import ArgumentError, DataError
 from ..spectral.sharded import Sharded
 from .stack import Stack, is_module, stacks_of
+from .tasks import Tasks
 
 if TYPE_CHECKING:
     import torch
@@ -60,17 +61,21 @@ def _one(stack: Stack, factors: Any, mode: int) -> torch.Tensor:
                 f"factor {name} does not fit the stack", code="mttkrp.factors", expected=f"a matrix of {size} rows",
                 got=str(tuple(x.shape)) if isinstance(x, torch.Tensor) else type(x).__name__,
             )  # fmt: skip
+        if not bool(torch.isfinite(x).all()):
+            raise DataError(f"factor {name} holds NaN or Inf", code="data.nonfinite", tensor=name)
         wide.append(x.to(stack.b.device, torch.float64))
+    widths = {x.shape[1] for x in wide if x is not None}
+    if len(widths) > 1:
+        raise ArgumentError("the factors differ in columns", code="mttkrp.factors", expected="equal columns",
+                            got=", ".join(map(str, sorted(widths))))  # fmt: skip
     if isinstance(stack.b, torch.Tensor) and isinstance(stack.at, torch.Tensor) and kernels.serves(stack.b):
         return _on_gpu(stack.b, stack.at, stack.ranks, wide, mode)
-    owner = torch.repeat_interleave(torch.arange(tasks), torch.tensor(stack.ranks)).to(stack.b.device)
+    members = Tasks(stack.ranks)
     if mode == 1:
-        return _times(stack.b, _inner(stack.at, wide[2]) * wide[0][owner])
+        return _times(stack.b, _inner(stack.at, wide[2]) * members.rows(wide[0]))
     if mode == 2:
-        return _times(stack.at, _inner(stack.b, wide[1]) * wide[0][owner])
-    products = _inner(stack.at, wide[2]) * _inner(stack.b, wide[1])
-    indicator = (torch.arange(tasks, device=owner.device)[:, None] == owner).to(torch.float64)
-    return indicator @ products
+        return _times(stack.at, _inner(stack.b, wide[1]) * members.rows(wide[0]))
+    return members.total(_inner(stack.at, wide[2]) * _inner(stack.b, wide[1]))
 
 
 def _on_gpu(b: torch.Tensor, at: torch.Tensor, ranks: tuple[int, ...], factors: list[Any], mode: int) -> torch.Tensor:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from ...adapters.model import Factors
 from ...errors import ArgumentError
 from ..spectral.qr import tall_qr
-from ..spectral.sharded import Matrix, Sharded, check_matrix
+from ..spectral.sharded import Matrix, Sharded, check_matrix, cut_like
+from .tasks import Tasks
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Core", "Stack", "core_of", "cores_of", "expand", "is_module", "stack_of", "stacks_of"]
+__all__ = ["Core", "Stack", "core_of", "cores_of", "is_module", "stack_of", "stacks_of"]
 
 
 @dataclass(frozen=True)
@@ -37,39 +38,60 @@ class Stack:
 
 @dataclass(frozen=True)
 class Core:
-    """A stack in orthonormal bases: D_t = qb @ b_t @ a_t^T @ qa^T, with b_t and a_t the columns of task t.
+    """A stack in orthonormal bases: D_t = scale qb @ b_t @ a_t^T @ qa^T, with b_t and a_t the columns of task t.
 
-    b : (p, R). a : (q, R), float64 on one device. qb, qa : bases (m, p) and (n, q), None where p = m or q = n and the
-    core is the stack itself. norm2 : of each task, ||D_t||_F^2, float64 (T).
+    b : (p, R). a : (q, R), float64 on one device; the a_t and the largest b_t have entries near 1. scale : a power of
+    two, so that no square leaves the range of float64. qb, qa : bases (m, p) and (n, q), None where p = m or q = n and
+    the core is the stack itself. cuts : the stack's shards, None where a side is whole. norm2 : of each b_t a_t^T,
+    squared, float64 (T).
     """
 
     b: torch.Tensor
     a: torch.Tensor
+    scale: float
     qb: Matrix | None
     qa: Matrix | None
-    ranks: tuple[int, ...]
+    cuts: tuple[Sharded | None, Sharded | None]
+    tasks: Tasks
     norm2: torch.Tensor
     dtype: torch.dtype
 
-    @property
-    def tasks(self) -> torch.Tensor:
-        """(T, R), float64: 1 where a stacked column belongs to the task."""
-        import torch
+    def expand(self, u: torch.Tensor, v: torch.Tensor) -> list[Matrix]:
+        """Columns u (p, c) and v (q, c) in the coordinates of the stack and its dtype, cut as it is."""
+        return [
+            _expanded(basis, cut, small, self.dtype)
+            for basis, cut, small in ((self.qb, self.cuts[0], u), (self.qa, self.cuts[1], v))
+        ]
 
-        owner = torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks))
-        return (torch.arange(len(self.ranks))[:, None] == owner).to(self.b)
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Of each task."""
+        return self.tasks.ranks
 
 
 def is_module(x: Any) -> bool:
     """Whether `x` is the stack of one module, not a list of them."""
+    import torch
+
+    if isinstance(x, torch.Tensor) and x.ndim == 3 and len(x):
+        return True
     if not isinstance(x, (list, tuple)) or not x:
         raise ArgumentError(
-            "a stack is a list of (B, A) pairs, or a list of such lists", code="stack.type", got=type(x).__name__
-        )
+            "this is not a stack", code="stack.type", got=type(x).__name__,
+            expected="a list of (B, A) pairs or of matrices, a tensor (T, m, n), or a list of these",
+        )  # fmt: skip
     first = x[0]
-    return isinstance(first, Factors) or (
-        isinstance(first, (list, tuple)) and len(first) == 2 and not isinstance(first[0], (list, tuple, Factors))
-    )
+    if isinstance(first, (Factors, Sharded)) or (isinstance(first, torch.Tensor) and first.ndim != 3):
+        return True
+    if not isinstance(first, (list, tuple)) or len(first) != 2 or isinstance(first[0], (list, tuple, Factors)):
+        return False
+    shapes = [tuple(y.shape) if hasattr(y, "shape") else None for y in first]
+    if isinstance(first, list) and len(shapes[0] or ()) == 2 and shapes[0] == shapes[1]:
+        raise ArgumentError(
+            "a list of two matrices of equal shape can be a pair of factors or two updates", code="stack.ambiguous",
+            expected="tuples (B, A), or updates as one tensor (T, m, n)", got=str(shapes[0]),
+        )  # fmt: skip
+    return all(len(shape or ()) == 2 for shape in shapes)
 
 
 def stacks_of(x: Any) -> list[Stack]:
@@ -85,15 +107,15 @@ def stacks_of(x: Any) -> list[Stack]:
 
 
 def stack_of(pairs: Sequence[Any], what: str) -> Stack:
-    """The stack of (B, A) pairs or Factors; B (m, r) may be row shards, A (r, n) column shards."""
+    """The stack of (B, A) pairs, Factors or dense (m, n); B (m, r) may be row shards, A (r, n) column shards."""
     import torch
 
-    if not pairs:
+    if not isinstance(pairs, (list, tuple, torch.Tensor)) or not len(pairs):
         raise ArgumentError(f"{what} holds no update", code="stack.empty", tensor=what, expected="at least one")
     bs: list[Matrix] = []
     ats: list[Matrix] = []
     for t, pair in enumerate(pairs):
-        b, a = (pair.b, pair.a) if isinstance(pair, Factors) else pair
+        b, a = _pair(pair, f"{what}[{t}]")
         b, a = check_matrix(b, f"B of {what}[{t}]"), check_matrix(a, f"A of {what}[{t}]")
         if b.shape[1] != a.shape[0]:
             raise ArgumentError(
@@ -117,6 +139,25 @@ def stack_of(pairs: Sequence[Any], what: str) -> Stack:
     wide = any(x.dtype == torch.float64 for x in [*bs, *ats])
     dtype = torch.float64 if wide else torch.float32
     return Stack(_beside(bs, dtype, what), _beside(ats, dtype, what), tuple(int(b.shape[1]) for b in bs), dtype)
+
+
+def _pair(update: Any, what: str) -> tuple[Any, Any]:
+    """(B, A) of one update; a dense one is itself times an identity on its smaller (or whole) side."""
+    import torch
+
+    if isinstance(update, Factors):
+        return update.b, update.a
+    if isinstance(update, (torch.Tensor, Sharded)) and len(update.shape) == 2:
+        m, n = update.shape
+        rows = update.dim == 0 if isinstance(update, Sharded) else n <= m
+        eye = torch.eye(n if rows else m, dtype=update.dtype, device=update.device)
+        return (update, eye) if rows else (eye, update)
+    if isinstance(update, (list, tuple)) and len(update) == 2:
+        return update[0], update[1]
+    raise ArgumentError(
+        "this is not an update", code="stack.update", tensor=what, expected="(B, A), Factors, or a matrix (m, n)",
+        got=f"{type(update).__name__} {tuple(update.shape)}" if hasattr(update, "shape") else type(update).__name__,
+    )  # fmt: skip
 
 
 def _beside(columns: list[Matrix], dtype: torch.dtype, what: str) -> Matrix:
@@ -155,19 +196,37 @@ def core_of(stack: Stack) -> Core:
 
 
 def _core(stack: Stack, left: Any, right: Any) -> Core:
+
     b = _whole(stack.b) if left is None else left.r
-    a = _whole(stack.at) if right is None else right.r
-    a = a.to(b.device)
-    grams = [
-        ((x.mT @ x) * (y.mT @ y)).sum()
-        for x, y in zip(b.split(stack.ranks, 1), a.split(stack.ranks, 1), strict=True)
-    ]  # fmt: skip
+    a = (_whole(stack.at) if right is None else right.r).to(b.device)
+    tasks = Tasks(stack.ranks)
+    b_powers, a_powers = (_powers(x, tasks) for x in (b, a))
+    powers = b_powers + a_powers
+    there = tasks.total(((b != 0).any(0) & (a != 0).any(0)).double()[:, None])[:, 0] > 0
+    top = int(powers[there].max()) if bool(there.any()) else 0
+    b = b * tasks.spread(_two(-b_powers)) * tasks.spread(_two((powers - top).clamp(-1074, 0)))
+    a = a * tasks.spread(_two(-a_powers))
+    norm2 = (b * tasks.within(b, a)).sum(0)  # of each column: sum_j <b_i, b_j> <a_i, a_j> over the task
+    cuts = stack.b if isinstance(stack.b, Sharded) else None, stack.at if isinstance(stack.at, Sharded) else None
+    return Core(
+        b, a, 2.0**top, None if left is None else left.q, None if right is None else right.q, cuts, tasks,
+        tasks.total(norm2[:, None])[:, 0].clamp_min(0.0), stack.dtype,
+    )  # fmt: skip
+
+
+def _powers(x: torch.Tensor, tasks: Tasks) -> torch.Tensor:
+    """Exponents of two above the largest entry of each task, (T); 0 for a task of zeros."""
     import torch
 
-    return Core(
-        b, a, None if left is None else left.q, None if right is None else right.q, stack.ranks,
-        torch.stack(grams).clamp_min(0.0), stack.dtype,
-    )  # fmt: skip
+    largest = tasks.largest(x.abs().amax(0) if len(x) else x.new_zeros(x.shape[1]))
+    return torch.frexp(largest).exponent
+
+
+def _two(powers: torch.Tensor) -> torch.Tensor:
+    """Powers of two, exact: torch.pow need not be."""
+    import torch
+
+    return torch.tensor([2.0**e for e in powers.tolist()], dtype=torch.float64, device=powers.device)
 
 
 def _whole(x: Matrix) -> torch.Tensor:
@@ -176,8 +235,9 @@ def _whole(x: Matrix) -> torch.Tensor:
     return (x.dense() if isinstance(x, Sharded) else x).to(torch.float64)
 
 
-def expand(basis: Matrix | None, small: torch.Tensor, dtype: torch.dtype) -> Any:
-    """Basis @ small in `dtype` (small itself without a basis); row shards where the basis has them."""
+def _expanded(basis: Matrix | None, cut: Sharded | None, small: torch.Tensor, dtype: torch.dtype) -> Matrix:
+    """Basis @ small in `dtype` (small itself without a basis)."""
     from ..spectral.gram import times
 
-    return small.to(dtype) if basis is None else times(basis, small, dtype)
+    whole = small.to(dtype) if basis is None else times(basis, small, dtype)
+    return whole if cut is None else cut_like(whole, cut)

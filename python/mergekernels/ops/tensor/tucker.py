@@ -11,7 +11,7 @@ from ...errors import ArgumentError
 from ..arguments import check_integer
 from ..spectral.batching import in_threads
 from .cp import signed, signs
-from .stack import Core, cores_of, expand, is_module, stacks_of
+from .stack import Core, cores_of, is_module, stacks_of
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +68,8 @@ def tucker(
     single = is_module(stack)
     stacks = stacks_of(stack)
     max_iter = check_integer(max_iter, 1, 1 << 31, "max_iter")
+    if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0.0 <= tol < float("inf"):
+        raise ArgumentError("tol is not usable", code="tucker.tol", expected="0 or more", got=repr(tol))
     sizes = (_check_size(p, "p"), _check_size(p if p2 is None else p2, "p2"))
     cores = cores_of(stacks)
     given: Any = [weights] * len(cores) if single or weights is None or not _nested(weights) else weights
@@ -109,11 +111,6 @@ def _weights(core: Core, weights: Any, i: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64, device=core.b.device)
 
 
-def _side(x: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
-    """X G x^T for the block-diagonal G of a side."""
-    return x @ inner @ x.mT
-
-
 def _leading(gram: torch.Tensor, size: int | float, total: float) -> tuple[torch.Tensor, float]:
     """The leading eigenvectors that `size` asks for, and the sum of the eigenvalues beyond."""
     import torch
@@ -131,34 +128,28 @@ def _leading(gram: torch.Tensor, size: int | float, total: float) -> tuple[torch
 def _tucker(
     core: Core, weights: torch.Tensor, sizes: tuple[int | float, int | float], max_iter: int, tol: float
 ) -> Tucker:
-
-    same = core.tasks.mT @ core.tasks
-    by_column = (core.tasks.mT @ weights[:, None])[:, 0]
     total = float((core.norm2 * weights).sum())
     b, a = core.b, core.a
 
-    def out_gram(y: torch.Tensor) -> torch.Tensor:
-        return _side(b, (y @ y.mT) * same * by_column)
+    def gram(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return core.tasks.within(x, y, weights) @ x.mT
 
-    def in_gram(y: torch.Tensor) -> torch.Tensor:
-        return _side(a, (y @ y.mT) * same * by_column)
-
-    u, tail_u = _leading(out_gram(a.mT), sizes[0], total)
-    v, tail_v = _leading(in_gram(b.mT), sizes[1], total)
+    u, tail_u = _leading(gram(b, a), sizes[0], total)
+    v, tail_v = _leading(gram(a, b), sizes[1], total)
     history: list[float] = []
     converged = total == 0.0
     scale = total or 1.0
     for _ in range(max_iter if total > 0.0 else 0):
-        u = _leading(out_gram(a.mT @ v), u.shape[1], total)[0]
-        gram = in_gram(b.mT @ u)
-        v = _leading(gram, v.shape[1], total)[0]
-        kept = float((v * (gram @ v)).sum())
+        u = _leading(gram(b, v.mT @ a), u.shape[1], total)[0]
+        inner = gram(a, u.mT @ b)
+        v = _leading(inner, v.shape[1], total)[0]
+        kept = float((v * (inner @ v)).sum())
         history.append(max(0.0, (total - kept) / scale) ** 0.5)
         if len(history) > 1 and abs(history[-2] - history[-1]) < tol:
             converged = True
             break
     u, v = _rotated(core, u, v)
-    full = [expand(core.qb, u, core.dtype), expand(core.qa, v, core.dtype)]
+    full = core.expand(u, v)
     found = [signs(x) for x in full]
     full = [signed(x, sign) for x, sign in zip(full, found, strict=True)]
     u, v = u * found[0], v * found[1]
@@ -169,7 +160,7 @@ def _tucker(
     ]
     error = max(0.0, float((lost * weights).sum()) / scale) ** 0.5
     bounds = (max(tail_u, tail_v) / scale) ** 0.5, ((tail_u + tail_v) / scale) ** 0.5
-    return Tucker(full[0], full[1], cores, error, tuple(errors), tuple(history), bounds, converged)
+    return Tucker(full[0], full[1], cores * core.scale, error, tuple(errors), tuple(history), bounds, converged)
 
 
 def _cores(core: Core, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
