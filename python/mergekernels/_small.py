@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from ._backends.dispatch import pick, require
 from ._methods.protocol import Coeffs, Round, Spec
 from ._native import view_of
-from .merging import Call, output_dtype
+from ._outputs import output_dtype
+from .merging import Call
 from .ops.inputs import Inputs
 from .ops.stream import run_program
 

@@ -7,25 +7,25 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ._backends.dispatch import pick, requested
-from ._checks import check_out
+from ._matrix_call import MatrixCall
 from ._methods import get
 from ._methods.arguments import bind
 from ._methods.modifiers import Then, modified, read_then
 from ._methods.protocol import Coeffs, Method, Spec
-from ._native import torch_dtype
+from ._outputs import output_dtype, outputs
 from ._rounds import resolve_scope
 from .errors import ArgumentError
+from .matrices import is_matrix_method, merge_matrix
 from .ops.arguments import check_integer
 from .ops.inputs import Inputs, gather, num_threads
-from .ops.output import check_out_dtype
 from .ops.selection import Scope
 from .ops.stream import run_program
-from .tensors import F64, promote
+from .tensors import F64
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Call", "deliver", "matrix_dtype", "merge", "merge_one", "output_dtype", "outputs"]
+__all__ = ["Call", "merge", "merge_one"]
 
 
 @dataclass(frozen=True)
@@ -191,47 +191,6 @@ def merge_one(
     return outs if inputs.sharded else outs[0]
 
 
-def output_dtype(spec: Spec, inputs: Inputs, asked: torch.dtype | None) -> torch.dtype:
-    """The dtype asked for, else the promoted one of models and base; what accompanies the models does not count."""
-    if asked is None:
-        base, models = inputs.views(0)
-        counted = models[: spec.num_models] if base is None else [*models[: spec.num_models], base]
-        asked = torch_dtype(promote([v.dtype for v in counted]))
-    check_out_dtype(asked, inputs.name)
-    return asked
-
-
-def outputs(inputs: Inputs, dtype: torch.dtype, out: Any) -> list[torch.Tensor]:
-    """New tensors shaped like the shards, or `out`, checked.
-
-    Raises
-    ------
-    ArgumentError
-    """
-    import torch
-
-    if out is None:
-        return [torch.empty(s[0].shape, dtype=dtype, device=s[0].device) for s in inputs.tensors]
-    if inputs.sharded != isinstance(out, (list, tuple)):
-        expected = "a list of shards, like the inputs" if inputs.sharded else "a tensor"
-        raise ArgumentError(
-            "out is not usable", code="out", tensor=inputs.name, expected=expected, got=type(out).__name__
-        )
-    outs = list(out) if inputs.sharded else [out]
-    if len(outs) != len(inputs.tensors):
-        raise ArgumentError(
-            "out has the wrong number of shards",
-            code="out",
-            tensor=inputs.name,
-            expected=str(len(inputs.tensors)),
-            got=str(len(outs)),
-        )
-    for i, (target, shard) in enumerate(zip(outs, inputs.tensors, strict=True)):
-        others = [t for j, s in enumerate(inputs.tensors) if j != i for t in s]
-        check_out(target, shard[0], dtype, shard, inputs.name, [*others, *outs[:i]])
-    return outs
-
-
 def merge(
     tensors: Sequence[Any],
     method: str,
@@ -285,59 +244,19 @@ def merge(
     ------
     ArgumentError, BackendError, DataError : before anything is computed, except for what only the data can show.
     """
-    from .matrices import is_matrix_method
-
     if is_matrix_method(method):
-        return _merge_matrix(
-            tensors, method, base, weights, name, seed, dialect, nan, out_dtype, backend, out, threads, shard_dim, then,
-            report, params,
-        )  # fmt: skip
+        if not isinstance(tensors, (list, tuple)):
+            gather(tensors, base, name, shard_dim)  # refuses what is no list of tensors
+        models = list(tensors)
+        matrix = MatrixCall.of(
+            method, params, weights, len(models), base is not None, dialect, nan, seed, backend, shard_dim, then
+        )
+        return merge_matrix(matrix, models, base, name, out_dtype, out, threads, report)
     call = Call.of(method, params, weights, dialect, nan, seed, backend, threads, shard_dim, then)
     if block is not None:
         call = replace(call, blocks={name: _checked_block(block)})
     inputs = call.inputs(tensors, base, call.companions, name)
     return merge_one(call, call.spec(inputs), inputs, None, out_dtype, out)
-
-
-def _merge_matrix(
-    tensors: Any, method: str, base: Any, weights: Any, name: str, seed: int, dialect: str, nan: str,
-    out_dtype: torch.dtype | None, backend: str | None, out: Any, threads: int | None, shard_dim: int, then: Then,
-    report: MutableMapping[str, Any] | None, params: Mapping[str, Any],
-) -> Any:  # fmt: skip
-    from .matrices import MatrixCall, resolved, using_threads
-
-    if not isinstance(tensors, (list, tuple)):
-        gather(tensors, base, name, shard_dim)  # refuses what is no list of tensors
-    models = list(tensors)
-    call = MatrixCall.of(
-        method, params, weights, len(models), base is not None, dialect, nan, seed, backend, shard_dim, then
-    )
-    with using_threads(threads):
-        task = call.task(models, base, call.companions, name)
-        dtype = matrix_dtype(task.inputs, out_dtype)
-        outs = outputs(task.inputs, dtype, out)
-        state = resolved(call, lambda: [task])
-        deliver(task.merged(state, dtype, report), outs, shard_dim)
-    return outs if task.inputs.sharded else outs[0]
-
-
-def matrix_dtype(inputs: Inputs, asked: torch.dtype | None) -> torch.dtype:
-    """The dtype asked for, else the promoted one of models and base."""
-    if asked is None:
-        asked = torch_dtype(promote([v.dtype for v in inputs.all_views]))
-    check_out_dtype(asked, inputs.name)
-    return asked
-
-
-def deliver(whole: torch.Tensor, outs: Sequence[torch.Tensor], dim: int) -> None:
-    """Write a whole tensor into its shards."""
-    start = 0
-    for target in outs:
-        if len(outs) == 1:
-            target.copy_(whole)
-            return
-        target.copy_(whole.narrow(dim, start, target.shape[dim]))
-        start += target.shape[dim]
 
 
 def _checked_block(block: Any) -> tuple[int, int]:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._checks import refuse_unequal
+from .._matrix_call import MatrixCall
+from .._matrix_task import Task
 from .._methods.spectral.common import cut_of
 from .._methods.spectral.opcm import project_away, square_norm
 from ..errors import ArgumentError, InputError
-from ..matrices import MatrixCall, Task
 from ..tensors import F32, F64, DType
 from .state import Continual, Writer, commit, locked
 
@@ -114,7 +115,7 @@ def _step(
                 if not x.equal(model[name]):
                     _log.warning("tensor '%s': integer values differ from the base's, which are taken", name)
                 continue
-            task = call.task([model[name]], x, [], name)
+            task = Task.of(call, [model[name]], x, [], name)
             new = _next(task, None if before is None else before._sum(name), report)
             squares.append(square_norm(task.wholes[0]))
             totals.append(square_norm(new))
