@@ -16,7 +16,7 @@ help:
 	@echo "make test        the tests"
 	@echo "make test-slow   ahead-of-time compilation of every GPU kernel, long sweeps of faults"
 	@echo "make test-exhaustive  every case of the Triton kernels under the interpreter, about an hour"
-	@echo "make test-peers  agreement with mergekit and PEFT, installed into a folder of its own"
+	@echo "make test-peers  agreement with mergekit, PEFT and TensorLy, installed into a folder of its own"
 	@echo "make docs        docs/methods.md from the descriptions of the methods"
 	@echo "make lint        formatting, style and types"
 	@echo "make wheel-test  build a wheel and use it away from the tree, without torch"

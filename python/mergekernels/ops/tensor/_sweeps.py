@@ -162,20 +162,21 @@ def extrapolate(batch: Batch, before: State, after: State, error: torch.Tensor) 
 
     moves = [y - x for x, y in ((before.c, after.c), (before.u, after.u), (before.v, after.v))]
     du, dv = after.su - before.su, after.sv - before.sv
-    grams = [_along(f, d) for f, d in zip((after.c, after.u, after.v), moves, strict=True)]
     sums = [batch.tasks.total(product) for product in (after.su * after.sv, du * after.sv + after.su * dv, du * dv)]
     values = [[(f * x).sum((-2, -1)) for x in sums] for f in (after.c, moves[0])]
-    best = torch.zeros_like(error)
-    for step in STEPS:
-        t = step - 1.0
-        product = grams[0][0]
-        for k, (g0, g1, g2) in enumerate(grams):
-            g = g0 + t * g1 + t * t * g2
-            product = g if k == 0 else product * g
-        inner = sum(t**k * (values[0][k] + t * values[1][k]) for k in range(3))
-        found = batch.norm2[:, None] + product.sum((-2, -1)) - 2.0 * inner
-        better = (found < error) & ~after.orthogonal
-        best, error = torch.where(better, t, best), torch.where(better, found, error)
+    lengths = torch.tensor([step - 1.0 for step in STEPS], dtype=error.dtype, device=error.device)[:, None, None]
+    wide = lengths[..., None, None]
+    product: torch.Tensor | float = 1.0
+    for f, d in zip((after.c, after.u, after.v), moves, strict=True):
+        g0, g1, g2 = _along(f, d)
+        product = product * (g0 + wide * (g1 + wide * g2))  # of every step at once, (steps, N, s, c, c)
+    assert isinstance(product, torch.Tensor)
+    parts = (values[0][0], values[0][1] + values[1][0], values[0][2] + values[1][1], values[1][2])
+    inner = parts[0] + lengths * (parts[1] + lengths * (parts[2] + lengths * parts[3]))
+    found, which = (batch.norm2[:, None] + product.sum((-2, -1)) - 2.0 * inner).min(0)
+    better = (found < error) & ~after.orthogonal
+    best = torch.where(better, lengths[:, 0, 0][which], torch.zeros_like(error))
+    error = torch.where(better, found, error)
     if not bool(best.any()):
         return after, error
     length = best[..., None, None]
