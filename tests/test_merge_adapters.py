@@ -132,6 +132,38 @@ def test_a_weight_and_its_negative_cancel() -> None:
         assert any("zero" in warning for warning in report.warnings)
 
 
+@pytest.mark.parametrize("method", ["cat", "svd", "linear", "ties", "lori", "from_norm", "robust_merge"])
+def test_zero_factors_give_rank_1_of_zeros_and_a_warning(method: str) -> None:
+    zero = (torch.zeros(24, 3), torch.ones(3, 16))
+    group = [adapter([module(SITES[0], 3, 0, factors=zero)], label=f"a{t}") for t in range(2)]
+    params = {"ties": {"density": 0.5}, "from_norm": {"k": 1.0}}.get(method, {})
+    merged = mk.merge_adapters(group, method, **params)
+    report = merged.report.modules["layers.0.q"]
+    assert report.rank == 1 and not matrix(merged, "layers.0.q").any()
+    assert any("the merged delta is zero" in w for w in report.warnings)
+    assert any("layers.0.q: the merged delta is zero" in w for w in merged.report.warnings)
+
+
+def test_factors_below_the_range_of_the_output_are_named() -> None:
+    tiny = (torch.full((24, 1), 1e-9), torch.ones(1, 16))
+    merged = mk.merge_adapters([adapter([module(SITES[0], 1, 0, factors=tiny)])], "cat", out_dtype="float16")
+    assert not matrix(merged, "layers.0.q").any()
+    assert any("below the range of float16" in w for w in merged.report.warnings)
+
+
+def test_a_cut_that_nobody_asked_for_is_told() -> None:
+    """iso_c of as many ranks as the matrix has gives equal singular values, of which the largest rank is a part."""
+    group = adapters(6, SITES[:1], [3])
+    merged = mk.merge_adapters(group, "iso_c")
+    assert merged.report.modules["layers.0.q"].rank == 3
+    assert "iso_c gives dense matrices in 1 of 1 modules" in merged.report.warnings[-1]
+    assert "3: layers.0.q keeps 18.8%" in merged.report.warnings[-1]
+    for quiet in ({"rank": 3}, {"energy": 0.5}):
+        assert mk.merge_adapters(group, "iso_c", **quiet).report.warnings == ()
+    assert mk.merge_adapters(group[:2], "iso_c").report.warnings == ()
+    assert mk.merge_adapters(group, "svd").report.warnings == ()
+
+
 def test_missing_modules_are_zero_and_reported() -> None:
     full, part = adapters(2, SITES, [2])
     part = adapter([part.modules["embed"]], label="part")

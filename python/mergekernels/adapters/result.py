@@ -20,6 +20,9 @@ from .truncate import Cut
 
 __all__ = ["agreed", "asked_dtype", "assemble", "common_dtype"]
 
+_TELL = 0.99
+"""Share of the squares below which a truncation that nobody asked for is told."""
+
 
 def assemble(
     job: Job, limits: Limits, stored: DType, items: Iterable[tuple[Place, Merged, Cut]], started: float
@@ -32,13 +35,17 @@ def assemble(
     """
     modules: dict[str, tuple[Site, Factors]] = {}
     reports: dict[str, ModuleReport] = {}
+    unasked: list[str] = []  # modules that lose something to a rank that nobody gave, and that are of no type of PEFT
     for place, merged, cut in items:
-        factors, reports[place.site.module] = _finished(place, merged, cut, stored)
-        modules[place.site.module] = place.site, factors
+        name = place.site.module
+        factors, reports[name] = _finished(place, merged, cut, stored)
+        modules[name] = place.site, factors
+        if not limits.asked and not job.wants.peft and cut.kept_energy < _TELL:
+            unasked.append(name)
     adapters = job.adapters
     return MergedAdapter(
         modules={name: modules[name] for name in sorted(modules)},
-        report=_report(job, limits, reports, time.perf_counter() - started),
+        report=_report(job, limits, reports, unasked, time.perf_counter() - started),
         dtype=stored.name,
         base=next((a.base for a in adapters if a.base), ""),
         extras={name: load for a in reversed(adapters) for name, load in a.extras.items()},
@@ -53,12 +60,13 @@ def _finished(place: Place, merged: Merged, cut: Cut, stored: DType) -> tuple[Fa
     import torch
 
     warnings = list(merged.warnings)
-    b, a = cut.factors.b, cut.factors.a
-    if cut.factors.rank == 0:
-        warnings.append("the merged delta is zero: written as rank 1 of zeros")
-        b, a = b.new_zeros((b.shape[0], 1)), a.new_zeros((1, a.shape[1]))
     dtype = torch_dtype(stored)
-    b, a = b.to("cpu", dtype).contiguous(), a.to("cpu", dtype).contiguous()
+    b, a = (t.to("cpu", dtype).contiguous() for t in (cut.factors.b, cut.factors.a))
+    if not (bool(b.any()) and bool(a.any())):
+        zero = not (bool(cut.factors.b.any()) and bool(cut.factors.a.any()))
+        what = "the merged delta is zero" if zero else f"the merged factors are below the range of {stored}"
+        warnings.append(f"{what}: written as rank 1 of zeros")
+        b, a = b.new_zeros((b.shape[0], 1)), a.new_zeros((1, a.shape[1]))
     if not (bool(torch.isfinite(b).all()) and bool(torch.isfinite(a).all())):
         raise DataError(
             f"the merged factors are beyond the range of {stored}",
@@ -82,7 +90,9 @@ def _finished(place: Place, merged: Merged, cut: Cut, stored: DType) -> tuple[Fa
     return Factors(b, a), report
 
 
-def _report(job: Job, limits: Limits, modules: Mapping[str, ModuleReport], seconds: float) -> MergeReport:
+def _report(
+    job: Job, limits: Limits, modules: Mapping[str, ModuleReport], unasked: Sequence[str], seconds: float
+) -> MergeReport:
     inputs = tuple(InputReport(a.label, a.form, a.base, len(a.modules)) for a in job.adapters)
     extras = [
         f"{a.label} replaces {name} (modules_to_save): taken as it is, without weight"
@@ -91,6 +101,13 @@ def _report(job: Job, limits: Limits, modules: Mapping[str, ModuleReport], secon
     ]
     ordered = {name: modules[name] for name in sorted(modules)}
     about = [f"{name}: {warning}" for name, report in ordered.items() for warning in report.warnings]
+    if unasked:
+        worst = min(unasked, key=lambda name: modules[name].kept_energy)
+        about.append(
+            f"{job.method.info.name} gives dense matrices in {len(unasked)} of {len(modules)} modules, cut to the "
+            f"adapters' largest rank, {limits.largest}: {worst} keeps {modules[worst].kept_energy:.1%} of its sum of "
+            "squares; rank or energy keep more"
+        )
     return MergeReport(
         method=job.method.info.name,
         dialect=job.dialect,
