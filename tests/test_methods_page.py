@@ -60,3 +60,23 @@ def test_a_name_of_two_methods_gives_both() -> None:
         described("ties_svt")
     with pytest.raises(ArgumentError, match="takes is not usable"):
         methods("adapter")  # type: ignore[arg-type]
+
+
+def test_methods_of_adapters_ask_for_no_base() -> None:
+    for info in methods("adapters").values():
+        lines = method_text(info).splitlines()
+        told = [line.split(None, 1)[1] for line in lines if line.startswith("  base ")]
+        if "models" not in info.takes:
+            assert not told and "  inputs" in "\n".join(lines) and not any("besides the base" in line for line in lines)
+        elif info.base == "required":
+            assert told == ["required for models, not for adapters"]
+    models, adapters = (part.splitlines()[0].split() for part in methods_text(_ALL).split("\n\n")[:2])
+    assert models == ["method", "models", "base", "tier", "purpose"]
+    assert adapters == ["method", "adapters", "tier", "purpose"]
+
+
+def test_parameters_of_inner_methods_say_what_they_do_there() -> None:
+    params = {p.name: p.help for p in methods("adapters")["core_space"].params}
+    assert "no effect" not in params["density"] + params["rescale"]
+    assert "ties" in params["density"] and "fraction" in params["density"]
+    assert params["epsilon"].count("): ") >= 2  # of della one thing, of ram another

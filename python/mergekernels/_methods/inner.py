@@ -56,12 +56,20 @@ def inner_params(allowed: Sequence[str]) -> tuple[Param, ...]:
     ]
     for name, (param, methods) in found.items():
         uses = [p for m in methods for p in get(m).info.params if p.name == name]
+        meanings: dict[str, list[str]] = {}
+        for method, use in zip(methods, uses, strict=True):
+            if not use.help.startswith("no effect"):
+                meanings.setdefault(use.help, []).append(method)
+        uses = [p for p in uses if p.help in meanings] or uses
         lows, highs = [p.low for p in uses], [p.high for p in uses]
+        said = [f"({', '.join(by)}): {text}" for text, by in meanings.items()] or [
+            f"({', '.join(methods)}): {param.help}"
+        ]
         params.append(
             Param(
                 name,
                 param.kind,
-                f"of the inner method ({', '.join(methods)}): {param.help}",
+                f"of the inner method {'; '.join(said)}",
                 per_model=any(p.per_model for p in uses),
                 default=None,
                 low=None if None in lows else min(low for low in lows if low is not None),

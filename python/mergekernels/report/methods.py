@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from .._methods.protocol import REQUIRED, MethodInfo, Param
 from .text import table
 
-__all__ = ["TIERS", "companions", "info_dict", "inputs", "method_text", "methods_text", "modifiers", "parameter_facts"]
+__all__ = [
+    "TIERS",
+    "base_text",
+    "companions",
+    "info_dict",
+    "inputs",
+    "method_text",
+    "methods_text",
+    "modifiers",
+    "parameter_facts",
+]
 
 _WIDTH = 110
 _BASE = {
@@ -43,13 +53,20 @@ def methods_text(infos: Sequence[MethodInfo]) -> str:
     """One line per method; those that take adapters in a table of their own."""
     tables = []
     for takes in ("models", "adapters"):
+        of_models = takes == "models"
         rows = [
-            (i.name, inputs(i), _BASE[i.base], i.tier, i.purpose.partition(". ")[0].rstrip("."))
+            (
+                i.name,
+                inputs(i),
+                *((_BASE[i.base],) if of_models else ()),
+                i.tier,
+                i.purpose.partition(". ")[0].rstrip("."),
+            )
             for i in infos
             if takes in i.takes
         ]
         if rows:
-            tables.append(table(rows, ("method", takes, "base", "tier", "purpose")))
+            tables.append(table(rows, ("method", takes, *(("base",) if of_models else ()), "tier", "purpose")))
     return "\n\n".join((*tables, "`mergekernels methods NAME` tells all about one."))
 
 
@@ -60,8 +77,8 @@ def method_text(info: MethodInfo) -> str:
         "",
         _section("formula", info.formula),
         _section("takes", " or ".join(info.takes)),
-        _section("inputs", inputs(info) + (" besides the base" if info.base != "input" else "")),
-        _section("base", _BASE[info.base]),
+        _section("inputs", inputs(info) + (" besides the base" if _asks_base(info) and info.base != "input" else "")),
+        *([_section("base", base_text(info, _BASE))] if _asks_base(info) else []),
         *([_section("beside", companions(info))] if info.companions else []),
         _section("tier", TIERS[info.tier]),
         _section("passes", info.passes),
@@ -85,6 +102,16 @@ TIERS = {
     "T1": "T1: the same bits everywhere, by sums over fixed blocks",
     "T2": "T2: within a stated tolerance",
 }
+
+
+def _asks_base(info: MethodInfo) -> bool:
+    return "models" in info.takes
+
+
+def base_text(info: MethodInfo, words: Mapping[str, str]) -> str:
+    """Whether there is a base, in these words. Adapters are task vectors themselves: a base only lends them names."""
+    both = len(info.takes) > 1 and info.base == "required"
+    return words[info.base] + (" for models, not for adapters" if both else "")
 
 
 def inputs(info: MethodInfo) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .._methods.protocol import MethodInfo, Param
-from .methods import TIERS, companions, inputs, modifiers, parameter_facts
+from .methods import TIERS, base_text, companions, inputs, modifiers, parameter_facts
 
 __all__ = ["methods_page"]
 
@@ -62,7 +62,8 @@ def _method(info: MethodInfo, title: str, *, modifier: bool) -> list[str]:
     lines = ["", f"## {title}", "", _plain(info.purpose), "", f"- Formula: {_plain(info.formula)}"]
     if not modifier:
         what = " or ".join(info.takes) if info.max_models > 1 else " or ".join(t.removesuffix("s") for t in info.takes)
-        lines.append(f"- Inputs: {inputs(info)} {what}; {_BASE[info.base]}")
+        base = f"; {base_text(info, _BASE)}" if "models" in info.takes else ""
+        lines.append(f"- Inputs: {inputs(info)} {what}{base}")
         if info.companions:
             lines.append(f"- Beside the models: {companions(info)}")
         if "models" in info.takes:
