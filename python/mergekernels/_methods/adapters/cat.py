@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..matrix import MatrixSpec, Merged, Wants
+from ..permatrix import PerMatrix
 from ..protocol import MethodInfo
 from .clamp import SVD_CLAMP, clamping
-from .common import LAMBDA, MANY, WEIGHT, PerModule
+from .common import LAMBDA, MANY, WEIGHT
 from .peft import DEVIATIONS, PEFT
 from .sums import weighted_sum
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Cat", "Svd"]
 
 
-class Cat(PerModule):
+class Cat(PerMatrix):
     """Delta = sum of w_t B_t A_t, exactly, at rank sum of r_t."""
 
     info = MethodInfo(
@@ -55,7 +56,7 @@ class Cat(PerModule):
         return Merged(delta, {"route": route} if route else {})
 
 
-class Svd(PerModule):
+class Svd(PerMatrix):
     """The best rank-r approximation of sum of w_t B_t A_t."""
 
     info = MethodInfo(

@@ -10,8 +10,9 @@ from ...errors import MergeError
 from ..factor_space import Core, all_factors, core_of, weighted
 from ..inner import ELEMENTWISE, Inner, inner_params, run_inner
 from ..matrix import MatrixSpec, Merged, Wants
+from ..permatrix import PerMatrix
 from ..protocol import MethodInfo, Param
-from .common import FOLD_SCALE, LAMBDA, MANY, WEIGHT, PerModule
+from .common import FOLD_SCALE, LAMBDA, MANY, WEIGHT
 from .sums import weighted_sum
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 _GAP = 1e-6
 
 
-class CoreSpace(PerModule):
+class CoreSpace(PerMatrix):
     """Delta = U M V with M the inner method's merge of the cores M_t, where B_t A_t = U M_t V."""
 
     info = MethodInfo(

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from ..factor_space import all_factors
 from ..from_norm import shares
 from ..matrix import MatrixSpec, Merged, Wants
+from ..permatrix import PerMatrix
 from ..protocol import MethodInfo, Param
-from .common import FOLD_SCALE, LAMBDA, MANY, PerModule
+from .common import FOLD_SCALE, LAMBDA, MANY
 from .sums import weighted_sum
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["FromNorm"]
 
 
-class FromNorm(PerModule):
+class FromNorm(PerMatrix):
     """Delta = (sum of |D_t|^k D_t) / (sum of |D_t|^k), per module, D_t = B_t A_t."""
 
     info = MethodInfo(

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..matrix import MatrixSpec, Merged, Wants
+from ..permatrix import PerMatrix
 from ..protocol import MethodInfo
-from .common import LAMBDA, MANY, WEIGHT, PerModule
+from .common import LAMBDA, MANY, WEIGHT
 from .peft import DEVIATIONS, PEFT
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def roots(spec: MatrixSpec) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(math.copysign(r, p) for r, p in zip(both, products, strict=True)), both
 
 
-class Linear(PerModule):
+class Linear(PerMatrix):
     """B = sum of b_t B_t, A = sum of a_t A_t: not the sum of the products, cross terms B_s A_t are part of it."""
 
     info = MethodInfo(

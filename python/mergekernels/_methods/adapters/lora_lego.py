@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..factor_space import all_factors
 from ..matrix import MatrixSpec, Merged
+from ..permatrix import PerMatrix
 from ..protocol import MethodInfo, Param
-from .common import FOLD_SCALE, LAMBDA, MANY, PerModule
+from .common import FOLD_SCALE, LAMBDA, MANY
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["LoraLego"]
 
 
-class LoraLego(PerModule):
+class LoraLego(PerMatrix):
     """Delta = c sum of b_k a_k over the centroids (a_k, b_k) of k clusters of units."""
 
     info = MethodInfo(

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..matrix import MatrixSpec, Merged, Wants
+from ..permatrix import PerMatrix
 from ..protocol import REQUIRED, MethodInfo, Param
 from .clamp import SVD_CLAMP, clamping
-from .common import LAMBDA, WEIGHT, PerModule
+from .common import LAMBDA, WEIGHT
 from .elementwise import Rule, combine, terms
 from .linear import roots
 from .peft import DEVIATIONS, PEFT
@@ -56,7 +57,7 @@ _PURPOSE = {
 }
 
 
-class _Pruned(PerModule):
+class _Pruned(PerMatrix):
     """One of the four rules, on factors or on deltas."""
 
     def __init__(self, prune: Literal["magnitude", "random"], elects: bool, *, dense: bool) -> None:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from ...errors import ArgumentError
 from ..factor_space import all_factors
 from ..matrix import MatrixSpec, Merged, Wants
+from ..permatrix import PerMatrix
 from ..protocol import MethodInfo, Param
-from .common import FOLD_SCALE, LAMBDA, MANY, PerModule
+from .common import FOLD_SCALE, LAMBDA, MANY
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,7 @@ __all__ = ["RobustMerge"]
 _CLAMP = 0.8
 
 
-class RobustMerge(PerModule):
+class RobustMerge(PerMatrix):
     """Delta = a (sum of B~_t diag(c~_t)) (sum of A~_t), a = 4 (paper: 2)."""
 
     info = MethodInfo(

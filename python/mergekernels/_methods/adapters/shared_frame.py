@@ -9,8 +9,9 @@ from ...errors import MergeError
 from ..factor_space import all_factors
 from ..inner import ELEMENTWISE, Inner, inner_params, run_inner
 from ..matrix import MatrixSpec, Merged
+from ..permatrix import PerMatrix
 from ..protocol import MethodInfo, Param
-from .common import FOLD_SCALE, LAMBDA, MANY, WEIGHT, PerModule
+from .common import FOLD_SCALE, LAMBDA, MANY, WEIGHT
 
 if TYPE_CHECKING:
     from ...adapters.model import Delta, Factors
@@ -35,7 +36,7 @@ _DEVIATIONS = (
 )
 
 
-class _Framed(PerModule):
+class _Framed(PerMatrix):
     """Delta = U O V^T with O = inner(U^T D1 V .. U^T DT V)."""
 
     def check(self, params: Mapping[str, Any], dialect: str) -> list[str]:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..factor_space import all_factors
 from ..matrix import MatrixSpec, Merged
+from ..permatrix import PerMatrix
 from ..protocol import MethodInfo, Param
-from .common import FOLD_SCALE, LAMBDA, MANY, PerModule
+from .common import FOLD_SCALE, LAMBDA, MANY
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +57,7 @@ def sharing(c: torch.Tensor) -> list[float]:
     return [t * t / (len(c) * f) if f > 0 else 0.0 for t, f in zip(total.tolist(), fourth.tolist(), strict=True)]
 
 
-class TcLora(PerModule):
+class TcLora(PerMatrix):
     """Delta = sum_k (sum_t w_t C[t, k]) u_k v_k^T, where B_t A_t ~ sum_k C[t, k] u_k v_k^T."""
 
     info = MethodInfo(

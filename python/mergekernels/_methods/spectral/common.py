@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ..common import LAMBDA
 from ..matrix import MatrixSpec, Merged
-from ..protocol import MethodInfo, Param
+from ..permatrix import MANY
+from ..protocol import Param
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,6 @@ __all__ = [
     "RANK_TOL",
     "WEIGHT",
     "Core",
-    "Spectral",
     "Tasks",
     "core_of",
     "cut_of",
@@ -36,9 +35,6 @@ __all__ = [
     "nothing",
     "tasks_of",
 ]
-
-MANY = 1 << 20
-"""max_models of methods that have no limit of their own: adapters may be many, models are at most 64 per call."""
 
 WEIGHT = Param(
     "weight",
@@ -92,36 +88,6 @@ MEAN_OVER = Param(
     default="q",
     choices=("q", "rank", "core"),
 )
-
-
-class Spectral(ABC):
-    """A method that merges one matrix after the other; subclasses with scope "model" override the rest."""
-
-    info: MethodInfo
-
-    def check(self, params: Mapping[str, Any], dialect: str) -> list[str]:
-        """Every combination works."""
-        return []
-
-    def fits(self, spec: MatrixSpec) -> list[str]:
-        """Sentences about why this method cannot merge a matrix of this shape with these parameters."""
-        return []
-
-    def scope(self, params: Mapping[str, Any], dialect: str) -> Literal["tensor", "model"]:
-        """One matrix at a time."""
-        return "tensor"
-
-    def measure(self, spec: MatrixSpec, deltas: Sequence[Delta], state: Any = None) -> Any:
-        """Never called: nothing is measured."""
-        return None
-
-    def resolve(self, params: Mapping[str, Any], measured: Mapping[str, Any], state: Any = None) -> Any:
-        """Never called: nothing is measured."""
-        return None
-
-    @abstractmethod
-    def merge(self, spec: MatrixSpec, deltas: Sequence[Delta], state: Any = None) -> Merged:
-        """The merged task vector of one matrix."""
 
 
 @dataclass(frozen=True)

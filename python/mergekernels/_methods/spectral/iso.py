@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..matrix import MatrixSpec, Merged
+from ..permatrix import PerMatrix
 from ..protocol import MethodInfo, Param
 from .common import (
     CONV,
@@ -19,7 +20,6 @@ from .common import (
     MEAN_OVER,
     RANK_TOL,
     WEIGHT,
-    Spectral,
     Tasks,
     core_of,
     cut_of,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["IsoC", "IsoCts"]
 
 
-class IsoC(Spectral):
+class IsoC(PerMatrix):
     """Delta = mu polar(sum of D_t)."""
 
     info = MethodInfo(
@@ -97,7 +97,7 @@ class _Split:
         return _Split(q, q - n, n // tasks)
 
 
-class IsoCts(Spectral):
+class IsoCts(PerMatrix):
     """Iso-C, the weakest common directions replaced by directions of the tasks."""
 
     info = MethodInfo(

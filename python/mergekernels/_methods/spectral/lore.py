@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...errors import MergeError
-from ..adapters.common import FOLD_SCALE, LAMBDA, PerModule
+from ..adapters.common import FOLD_SCALE, LAMBDA
 from ..factor_space import Core, all_factors, core_of
 from ..inner import Inner, inner_params, run_inner
 from ..inner_scope import Coordinates, resolve_alone, write
 from ..matrix import MatrixSpec, Merged
+from ..permatrix import PerMatrix
 from ..protocol import MethodInfo, Param
 from .common import CONV, EXCLUDE, EXPERTS
 
@@ -24,7 +25,7 @@ __all__ = ["Lore"]
 _STOP = 1e-6
 
 
-class Lore(PerModule):
+class Lore(PerMatrix):
     """Delta = theta_0 + tau_scale * (mean or TIES of the deviations)."""
 
     info = MethodInfo(

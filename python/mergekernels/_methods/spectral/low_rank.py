@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..matrix import MatrixSpec, Merged
+from ..permatrix import PerMatrix
 from ..protocol import MethodInfo, Param
-from .common import CONV, EXCLUDE, EXPERTS, LAMBDA, MANY, WEIGHT, Spectral, nothing, tasks_of
+from .common import CONV, EXCLUDE, EXPERTS, LAMBDA, MANY, WEIGHT, nothing, tasks_of
 
 if TYPE_CHECKING:
     from ...adapters.model import Delta
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["LowRankSum"]
 
 
-class LowRankSum(Spectral):
+class LowRankSum(PerMatrix):
     """Delta = sum of the truncated task vectors."""
 
     info = MethodInfo(

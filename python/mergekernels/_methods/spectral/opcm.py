@@ -8,6 +8,7 @@ from math import fsum, sqrt
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..matrix import MatrixSpec, Merged
+from ..permatrix import PerMatrix
 from ..protocol import MethodInfo, Param
 from .common import (
     CONV,
@@ -16,7 +17,6 @@ from .common import (
     LAMBDA,
     MANY,
     RANK_TOL,
-    Spectral,
     core_of,
     cut_of,
     full_svd,
@@ -53,7 +53,7 @@ class Stream:
         return self.average / self.total if self.total else 0.0
 
 
-class Opcm(Spectral):
+class Opcm(PerMatrix):
     """W_t = W_0 + (lambda (W_(t-1) - W_0) + projected D_t), scaled to the mean norm of the task vectors."""
 
     info = MethodInfo(

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import ArgumentError, DataError
 from ..matrix import MatrixSpec, Merged
+from ..permatrix import PerMatrix
 from ..protocol import MethodInfo, Param
-from .common import CONV, EXCLUDE, Spectral
+from .common import CONV, EXCLUDE
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["RegMean"]
 
 
-class RegMean(Spectral):
+class RegMean(PerMatrix):
     """W^T = (sum of G_t)^-1 (sum of G_t W_t^T)."""
 
     info = MethodInfo(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..matrix import MatrixSpec, Merged
+from ..permatrix import PerMatrix
 from ..protocol import MethodInfo, Param
 from .common import (
     CONV,
@@ -16,7 +17,6 @@ from .common import (
     MANY,
     RANK_TOL,
     WEIGHT,
-    Spectral,
     cut_of,
     full_svd,
     nothing,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Star"]
 
 
-class Star(Spectral):
+class Star(PerMatrix):
     """Delta = (1/T) sum of the truncated, rescaled task vectors."""
 
     info = MethodInfo(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ...errors import DataError
 from ..matrix import MatrixSpec, Merged
+from ..permatrix import PerMatrix
 from ..protocol import MethodInfo
 from .common import (
     CONV,
@@ -18,7 +19,6 @@ from .common import (
     MANY,
     RANK_TOL,
     WEIGHT,
-    Spectral,
     Tasks,
     cut_of,
     nothing,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["TsvM"]
 
 
-class TsvM(Spectral):
+class TsvM(PerMatrix):
     """Delta = polar(U_cat) diag(S_cat) polar(V_cat)."""
 
     info = MethodInfo(
