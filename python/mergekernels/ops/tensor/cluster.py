@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import ArgumentError, DataError
 from ..arguments import check_integer
-from ..spectral.batching import in_threads
+from ..spectral.batching import in_single_threads, in_threads
 from ..spectral.sharded import check_matrix
 
 if TYPE_CHECKING:
@@ -148,7 +148,8 @@ def _clusters(
         assert found is not None
         return found
 
-    return in_threads(list(enumerate(spaces)), best)
+    small = all(space.own.device.type == "cpu" and len(space.own) <= 1024 for space in spaces)
+    return (in_single_threads if small else in_threads)(list(enumerate(spaces)), best)
 
 
 def _best(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import ArgumentError, DataError
 from ..arguments import check_integer
-from ..spectral.batching import in_threads
+from ..spectral.batching import in_single_threads
 from ._als import Options, Outcome, run
 from ._starts import gevd, hosvd, random_start
 from ._sweeps import Batch
@@ -23,6 +23,9 @@ __all__ = ["CP", "cp_als", "signed", "signs"]
 _log = logging.getLogger("mergekernels")
 _CHUNK = 256 << 20
 """Bytes of cores and states in one batch."""
+
+_LARGE = 1 << 21
+"""Numbers in a core whose products are worth several threads each."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,9 @@ def cp_als(
         return _fit(*parts, chunk, rank, n_starts, init, explicit, options, seed)
 
     chunks = list(_chunks(cores, rank, n_starts))
-    for chunk, outcomes in zip(chunks, in_threads(chunks, fit), strict=True):
+    large = any(core.b.device.type != "cpu" or core.b.numel() + core.a.numel() > _LARGE for core in cores)
+    fits = [fit(chunk) for chunk in chunks] if large else in_single_threads(chunks, fit)
+    for chunk, outcomes in zip(chunks, fits, strict=True):
         for i, (outcome, used) in zip(chunk, outcomes, strict=True):
             results[i] = _result(cores[i], scales[i], outcome, rank, used, options)
     found = [r for r in results if r is not None]

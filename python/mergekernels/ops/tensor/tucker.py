@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import ArgumentError
 from ..arguments import check_integer
-from ..spectral.batching import in_threads
+from ..spectral.batching import in_single_threads, in_threads
 from .cp import signed, signs
 from .stack import Core, cores_of, is_module, stacks_of
 
@@ -76,7 +76,8 @@ def tucker(
     if len(given) != len(cores):
         raise ArgumentError("weights do not fit", code="tucker.weights", expected=str(len(cores)), got=str(len(given)))
     tasks = [(core, _weights(core, w, i), sizes) for i, (core, w) in enumerate(zip(cores, given, strict=True))]
-    found = in_threads(tasks, lambda task: _tucker(*task, max_iter, tol))
+    small = all(core.b.device.type == "cpu" and core.b.numel() + core.a.numel() < 1 << 18 for core in cores)
+    found = (in_single_threads if small else in_threads)(tasks, lambda task: _tucker(*task, max_iter, tol))
     for i, result in enumerate(found):
         if not result.converged:
             _log.warning("tucker: stack[%d]: no convergence in %d sweeps, error %.6g", i, max_iter, result.error)
