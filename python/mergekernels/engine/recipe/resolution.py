@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import filecmp
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ..._methods import names
 from ..._methods.matrix_table import matrix_names
 from ..._methods.protocol import Method
 from ..._methods.whole import whole_of
-from ...errors import ArgumentError, FormatError, MergeError, PlanError, RecipeError, cut
+from ...errors import ArgumentError, FormatError, MergeError, PlanError, cut
 from ...formats.checkpoint import Checkpoint
 from ...tensors import dtype_of
 from ..resolved import ResolvedMerge
 from ..specs import plain_method
 from .adapterout import as_adapter, refusals
 from .assemble import Assembler
-from .chat import NAMED, chat_template, commonest
 from .config import output_config
+from .copied import Copied
 from .inputs import Inputs
 from .load import Recipe
 from .mapping import depth, expand, find_tying
@@ -27,13 +25,12 @@ from .names import Stack, find_stack
 from .settings import Setting
 from .slices import Slice, SliceBuilder, open_inputs
 from .then import modified_method, numbered, then_level
-from .values import Reference, nearest
+from .values import nearest
 
 __all__ = ["resolve"]
 
 _OF_PARAMETERS = ("recipe.unknown-parameter", "recipe.parameter")
 _FROM_PARAMETERS = ("recipe.missing-parameter", "recipe.combination")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 
 
 def resolve(recipe: Recipe, *, seed: int | None = None, located: Mapping[str, Path] | None = None) -> ResolvedMerge:
@@ -97,8 +94,9 @@ class _Resolution:
         checkpoints = list(self.inputs.checkpoints)
         for checkpoint in checkpoints:
             self.warnings += checkpoint.warnings
-        chat_template = self._chat_template()
-        tokenizer = self._tokenizer()
+        copied = Copied(self.recipe, self.inputs, self.problems, self.warnings)
+        chat_template = copied.chat_template()
+        tokenizer = copied.tokenizer()
         if method is None or builder is None or not opened or not self.recipe.whole:
             raise self._failure()
         shared = builder.levels[()] | then
@@ -131,10 +129,12 @@ class _Resolution:
         if schema.output is not None:
             only = schema.merge_method not in (*names(), *matrix_names("models"))
             sentences = refusals(method, schema.base_model is not None, schema.slices is not None, only, checkpoints)
-            self.problems += [self._error(("output",), f"output: {text}", code="recipe.output") for text in sentences]
+            self.problems += [
+                self.document.error(("output",), f"output: {text}", code="recipe.output") for text in sentences
+            ]
             if self.problems:
                 raise self._failure()
-        donor = self._donor(slices)
+        donor = copied.donor(slices)
         merge = ResolvedMerge(
             method=schema.merge_method,
             then=tuple((e.name, dict(e.parameters or {})) for e in schema.then if e is not None),
@@ -166,10 +166,6 @@ class _Resolution:
                 raise self._failure()
         return merge
 
-    def _error(self, loc: tuple[str | int, ...], message: str, **fields: Any) -> RecipeError:
-        fields.setdefault("code", "recipe.value")
-        return RecipeError(message, file=self.document.file or None, line=self.document.line(loc), **fields)
-
     def _anywhere(self, warning: str) -> str:
         """A warning in words that do not depend on the working directory, for the plan's hash and the manifest."""
         if self.document.file and warning.startswith(self.document.file + ":"):
@@ -199,7 +195,7 @@ class _Resolution:
             return None
         if schema.merge_method not in known:
             hint = nearest(schema.merge_method, known)
-            error = self._error(
+            error = self.document.error(
                 ("merge_method",),
                 f"this version has no merge method '{cut(schema.merge_method)}'",
                 code="recipe.method",
@@ -211,7 +207,7 @@ class _Resolution:
         method = plain_method(schema.merge_method, adapters)
         if whole_of(method) is not None and method.info.companions:
             self.problems.append(
-                self._error(
+                self.document.error(
                     ("merge_method",),
                     f"{method.info.name} needs a '{method.info.companions}' for each matrix, which recipes cannot name",
                     code="recipe.planned",
@@ -221,7 +217,7 @@ class _Resolution:
             return None
         if schema.dialect not in method.info.dialects:
             self.problems.append(
-                self._error(
+                self.document.error(
                     ("dialect",),
                     f"{method.info.name} has no dialect '{cut(schema.dialect)}'",
                     expected="one of " + ", ".join(method.info.dialects),
@@ -238,7 +234,7 @@ class _Resolution:
         if all(stack.split(name) is None for name in tensors):
             found = find_stack(tensors)
             hint = f"Did you mean '{found}'?" if found is not None else None
-            self.problems.append(self._error(("layers",), f"no tensor is in the stack '{stack}'", hint=hint))
+            self.problems.append(self.document.error(("layers",), f"no tensor is in the stack '{stack}'", hint=hint))
             return None
         return stack
 
@@ -259,83 +255,6 @@ class _Resolution:
                 )
         return depths
 
-    def _donor(self, slices: list[Slice]) -> int:
-        """The input whose small files are copied: the base model, else the first model."""
-        if self.schema.base_model is not None:
-            position = self.inputs.add(self.schema.base_model, ("base_model",))
-            assert position is not None
-            return position
-        return slices[0].sources[0].input
-
-    def _tokenizer(self) -> int | None:
-        """The input whose tokenizer is copied, None where the recipe does not say."""
-        source: Reference | None = self.schema.tokenizer_source
-        if source is None:
-            return None
-        loc = ("tokenizer_source",)
-        if not source.exact and source.path == "union":
-            message = "'tokenizer_source: union' is not supported: building a vocabulary is planned"
-            self.problems.append(
-                self._error(loc, message, code="recipe.planned", expected="base, or a model of the recipe")
-            )
-            return None
-        if not source.exact and source.path == "base":
-            if self.schema.base_model is None:
-                if "base_model" not in self.recipe.data:
-                    self.problems.append(self._error(loc, "'tokenizer_source: base' without a base_model"))
-                return None
-            source = self.schema.base_model
-        if str(source) in self.inputs.failed:
-            return None
-        count = len(self.inputs.checkpoints)
-        position = self.inputs.add(source, loc)
-        if position is None or position >= count:
-            labels = ", ".join(c.label for c in self.inputs.checkpoints[:count])
-            message = "tokenizer_source is not a model of the recipe"
-            got = repr(cut(str(source)))
-            self.problems.append(self._error(loc, message, expected=f"base, or one of {labels}", got=got))
-            return None
-        self._compare_tokenizers(position)
-        return position
-
-    def _compare_tokenizers(self, position: int) -> None:
-        """A warning where another input has other tokenizer files: rows of embeddings are never permuted."""
-        chosen = self.inputs.checkpoints[position]
-        for checkpoint in self.inputs.checkpoints:
-            for name in _TOKENIZER_FILES:
-                one, two = chosen.path / name, checkpoint.path / name
-                if checkpoint is not chosen and one.is_file() and two.is_file() and not _equal(one, two):
-                    self.warnings.append(
-                        f"'{checkpoint.label}' has another {name} than '{chosen.label}', which is copied; "
-                        "rows of embeddings are merged by position"
-                    )
-
-    def _chat_template(self) -> str | None:
-        """The template's text: as given, from a file, by name, or the inputs' commonest."""
-        text = self.schema.chat_template
-        if text is None:
-            return None
-        if text == "auto":
-            found = commonest(self.inputs.checkpoints)
-            if found is None:
-                self.warnings.append("'chat_template: auto': no input has a chat template")
-            return found
-        loc = ("chat_template",)
-        try:
-            found = chat_template(text, (Path(), self.document.folder))
-        except (OSError, UnicodeDecodeError) as error:
-            self.problems.append(
-                self._error(loc, f"cannot read the chat template '{cut(text)}': {getattr(error, 'strerror', error)}")
-            )
-            return None
-        if found is None:
-            expected = "auto, a file, Jinja text, or one of " + ", ".join(NAMED)
-            hint = nearest(text, NAMED)
-            self.problems.append(
-                self._error(loc, "not a chat template", expected=expected, got=repr(text[:60]), hint=hint)
-            )
-        return found
-
     def _unused(self, shared: dict[str, Setting], slices: list[Slice]) -> None:
         """Warnings for filters that selected nothing, and where a gradient decides outside the layer stack."""
         levels = [shared, *(s.settings for s in slices), *(src.settings for s in slices for src in s.sources)]
@@ -351,10 +270,3 @@ class _Resolution:
                             f"{where}tensors outside the layer stack, '{condition.outside}' for one, "
                             f"take the first value of the gradient for '{name}'"
                         )
-
-
-def _equal(one: Path, two: Path) -> bool:
-    try:
-        return filecmp.cmp(one, two, shallow=False)
-    except OSError:
-        return False

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ...errors import MergeError, RecipeError, cut
+from ...errors import MergeError, cut
 from ..resolved import AdapterOutput
 from . import values
 from .source import Document
@@ -113,16 +113,12 @@ class _Checker:
         self.warnings: list[str] = []
         self.whole = True
 
-    def error(self, loc: Loc, message: str, code: str = "recipe.value", **fields: str | None) -> RecipeError:
-        """A problem at a place in the recipe."""
-        return RecipeError(message, code=code, file=self.document.file or None, line=self.document.line(loc), **fields)
-
     def top(self) -> RecipeSchema:
         """The recipe as far as it is right."""
         data = self.document.data
         if not isinstance(data, dict):
             message = "a recipe is a mapping of keys"
-            raise self.error((), message, expected="merge_method: ...", got=_show(data))
+            raise self.document.error((), message, expected="merge_method: ...", got=_show(data))
         fields = self.fields(
             data,
             (),
@@ -152,7 +148,7 @@ class _Checker:
         if (data.get("models") is None) == (data.get("slices") is None):
             got = "both" if data.get("models") is not None else "neither"
             loc: Loc = ("slices",) if got == "both" else ()
-            self.problems.append(self.error(loc, "a recipe has either models or slices", got=got))
+            self.problems.append(self.document.error(loc, "a recipe has either models or slices", got=got))
             self.whole = False
         return RecipeSchema(**fields)
 
@@ -219,7 +215,7 @@ class _Checker:
         for name in required:
             if value.get(name) is None:
                 message = f"required key '{name}' is missing{under}"
-                self.problems.append(self.error(loc, message, "recipe.missing-key"))
+                self.problems.append(self.document.error(loc, message, "recipe.missing-key"))
         found: dict[str, Any] = {}
         for name, item in value.items():
             here = (*loc, name)
@@ -236,17 +232,19 @@ class _Checker:
         full = ".".join(str(part) for part in loc)
         separator = " " if str(wrong) == A_WRONG_VALUE else ": "
         message = f"'{full}'{separator}{wrong}"
-        self.problems.append(self.error(loc, message, expected=wrong.expected, got=_show(value), hint=wrong.hint))
+        self.problems.append(
+            self.document.error(loc, message, expected=wrong.expected, got=_show(value), hint=wrong.hint)
+        )
 
     def _unknown(self, loc: Loc, under: str, known: Mapping[str, _Check]) -> None:
         name = str(loc[-1])
         if name in PLANNED:
             message = f"'{name}' is not supported: {PLANNED[name]}"
-            self.problems.append(self.error(loc, message, "recipe.planned"))
+            self.problems.append(self.document.error(loc, message, "recipe.planned"))
             return
         message = f"unknown key '{cut(name)}'{under}"
         expected = "one of " + ", ".join(known)
-        error = self.error(loc, message, "recipe.unknown-key", expected=expected, hint=nearest(name, known))
+        error = self.document.error(loc, message, "recipe.unknown-key", expected=expected, hint=nearest(name, known))
         if self.lenient:
             self.warnings.append(str(error))
         else:

@@ -38,6 +38,12 @@ class Document:
                 return self.lines[loc[:end]]
         return None
 
+    def error(
+        self, loc: tuple[str | int, ...], message: str, code: str = "recipe.value", **fields: str | None
+    ) -> RecipeError:
+        """A problem at a place in the recipe."""
+        return RecipeError(message, code=code, file=self.file or None, line=self.line(loc), **fields)
+
 
 def read(source: str | PathLike[str] | Mapping[str, Any]) -> Document:
     """The recipe in a file, in a text (a string with a line break or ": "), or in a mapping.
