@@ -7,103 +7,17 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ..errors import ArgumentError
 from ..formats.checkpoint import Checkpoint, TensorInfo
+from .diffreport import FLOATS, TILE, DiffReport, TensorDiff, Work, describe
 from .pool import Reader, for_each
 
 __all__ = ["DiffReport", "TensorDiff", "diff"]
 
-_TILE = 128 * 4096  # elements; a power of two of canonical blocks, so that sums do not depend on it
 _TILES_PER_JOB = 32
-_FLOATS = ("BF16", "F16", "F32", "F64")
-
-# differing, first, unbounded, max_ulp, max_ulp_at, max_abs, squares_diff, squares_a of `_cpu.compare`
-_Comparison = tuple[int, int, int, "int | None", int, float, float, float]
-
-
-@dataclass(frozen=True)
-class TensorDiff:
-    """How one tensor of both checkpoints differs.
-
-    status : "differs" (shapes equal, values compared), "shape" or "dtype" (values cannot be compared).
-    differing : elements whose bits differ (whose exact values differ, between two dtypes). first, first_index : flat
-        index and multi-index of the first of them.
-    max_ulp : largest difference in units in the last place of the dtype with the shorter mantissa, the other side
-        rounded to it (so 0 means that rounding gives the same); plain distance for integers; NaN left out; None where
-        values are not interpreted. max_ulp_index : where, None for 0.
-    max_abs : largest |a - b| of finite pairs. relative_error : ||a - b|| / ||a|| (Frobenius) over the finite pairs;
-        infinite if an unequal pair has a NaN or an infinity (`unbounded` counts those); None where values are not
-        interpreted.
-    within : the relative error is at most rtol.
-    """
-
-    name: str
-    status: Literal["differs", "shape", "dtype"]
-    dtype_a: str
-    dtype_b: str
-    shape_a: tuple[int, ...]
-    shape_b: tuple[int, ...]
-    elements: int = 0
-    differing: int = 0
-    first: int | None = None
-    first_index: tuple[int, ...] | None = None
-    max_ulp: int | None = None
-    max_ulp_index: tuple[int, ...] | None = None
-    max_abs: float | None = None
-    relative_error: float | None = None
-    unbounded: int = 0
-    within: bool = False
-
-
-@dataclass(frozen=True)
-class DiffReport:
-    """What `diff` found. `same` decides the exit status of the command.
-
-    identical : all names, dtypes, shapes and bits agree. same : identical, or within `rtol` with equal names, shapes.
-    missing : tensors of A that B lacks. extra : tensors of B that A lacks. tensors : those that differ, by name.
-    compared, equal : tensors in both, and how many of them agree in dtype and bits.
-    """
-
-    a: str
-    b: str
-    rtol: float | None
-    identical: bool
-    same: bool
-    compared: int
-    equal: int
-    missing: tuple[str, ...]
-    extra: tuple[str, ...]
-    tensors: tuple[TensorDiff, ...]
-    bytes_read: int
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-serialisable form; an infinite error is the string "inf"."""
-        data = asdict(self)
-        for entry in data["tensors"]:
-            for key in ("max_abs", "relative_error"):
-                value = entry[key]
-                if isinstance(value, float) and not math.isfinite(value):
-                    entry[key] = str(value)
-        return data
-
-
-@dataclass
-class _Work:
-    """A tensor under comparison: results of its tiles by tile number; equal tiles are left out."""
-
-    a: TensorInfo
-    b: TensorInfo
-    elements: int
-    tiles: dict[int, _Comparison] = field(default_factory=dict)
-
-    @property
-    def num_tiles(self) -> int:
-        return -(-self.elements // _TILE)
 
 
 def diff(
@@ -135,18 +49,18 @@ def diff(
     left, right = open_checkpoint(Path(a)), open_checkpoint(Path(b))
     names = sorted(left.tensors.keys() & right.tensors.keys(), key=str.encode)
     refused: list[TensorDiff] = []
-    work: list[_Work] = []
+    work: list[Work] = []
     for name in names:
         x, y = left.tensors[name], right.tensors[name]
         status = _why_not(x, y)
         if status is None:
-            work.append(_Work(x, y, math.prod(x.shape)))
+            work.append(Work(x, y, math.prod(x.shape)))
         else:
             refused.append(TensorDiff(name, status, x.dtype.name, y.dtype.name, x.shape, y.shape))
     run = _Run(left, right, default_threads(threads), progress, sum(w.a.nbytes + w.b.nbytes for w in work))
     run.compare(work)
     run.norms(work)
-    differing = [d for w in work if (d := _describe(w, rtol)) is not None]
+    differing = [d for w in work if (d := describe(w, rtol)) is not None]
     tensors = tuple(sorted(refused + differing, key=lambda d: d.name.encode()))
     missing = tuple(sorted(left.tensors.keys() - right.tensors.keys(), key=str.encode))
     extra = tuple(sorted(right.tensors.keys() - left.tensors.keys(), key=str.encode))
@@ -170,7 +84,7 @@ def diff(
 def _why_not(a: TensorInfo, b: TensorInfo) -> Literal["shape", "dtype"] | None:
     if a.shape != b.shape:
         return "shape"
-    if a.dtype is not b.dtype and not (a.dtype.name in _FLOATS and b.dtype.name in _FLOATS):
+    if a.dtype is not b.dtype and not (a.dtype.name in FLOATS and b.dtype.name in FLOATS):
         return "dtype"
     return None
 
@@ -188,7 +102,7 @@ class _Run:
         self._lock = threading.Lock()
         self.done = 0
 
-    def compare(self, work: list[_Work]) -> None:
+    def compare(self, work: list[Work]) -> None:
         """Compares every tile; keeps what was found in those that differ."""
         jobs = (
             (w, range(t, min(t + _TILES_PER_JOB, w.num_tiles)))
@@ -197,9 +111,9 @@ class _Run:
         )
         for_each(jobs, lambda drawn, reader: self._worker(drawn, reader, both=True), self._threads, self._tick)
 
-    def norms(self, work: list[_Work]) -> None:
+    def norms(self, work: list[Work]) -> None:
         """Adds ||a||^2 of the tiles that are equal, in tensors that are not."""
-        jobs: list[tuple[_Work, range]] = []
+        jobs: list[tuple[Work, range]] = []
         for w in work:
             # Only tensors with interpreted values have a norm.
             if w.tiles and next(iter(w.tiles.values()))[3] is not None:
@@ -207,10 +121,10 @@ class _Run:
         self._total += sum(_extent(w.a, w.elements, t[0])[1] for w, t in jobs)
         for_each(jobs, lambda drawn, reader: self._worker(drawn, reader, both=False), self._threads, self._tick)
 
-    def _worker(self, jobs: Iterator[tuple[_Work, range]], reader: Reader, both: bool) -> None:
+    def _worker(self, jobs: Iterator[tuple[Work, range]], reader: Reader, both: bool) -> None:
         from .. import _cpu
 
-        buffers = (_cpu.Buffer(_TILE * 8), _cpu.Buffer(_TILE * 8))
+        buffers = (_cpu.Buffer(TILE * 8), _cpu.Buffer(TILE * 8))
         memory = [memoryview(b).cast("B") for b in buffers]
         for w, tiles in jobs:
             for tile in tiles:
@@ -237,68 +151,6 @@ class _Run:
 
 def _extent(tensor: TensorInfo, elements: int, tile: int) -> tuple[int, int]:
     """Byte offset in the file, and bytes, of a tile."""
-    first = tile * _TILE
+    first = tile * TILE
     size = tensor.dtype.itemsize
-    return tensor.offset + first * size, min(_TILE, elements - first) * size
-
-
-def _describe(w: _Work, rtol: float | None) -> TensorDiff | None:
-    """The findings of all tiles as one; None if the tensors agree in dtype and bits."""
-    if not w.tiles and w.a.dtype is w.b.dtype:
-        return None
-    tiles = [(t * _TILE, w.tiles[t]) for t in sorted(w.tiles)]
-    unequal = [(start, c) for start, c in tiles if c[0]]
-    measured = w.a.dtype.name in _MEASURED
-    first = unequal[0][0] + unequal[0][1][1] if unequal else None
-    farthest = max(((c[3] or 0, -(start + c[4])) for start, c in unequal if c[4] >= 0), default=None)
-    unbounded = sum(c[2] for _, c in unequal)
-    error = None
-    if measured:
-        squares = _tree([c[6] for _, c in tiles])
-        norm = _tree([c[7] for _, c in tiles])
-        error = _ratio(squares, norm, unbounded)
-    return TensorDiff(
-        name=w.a.name,
-        status="differs",
-        dtype_a=w.a.dtype.name,
-        dtype_b=w.b.dtype.name,
-        shape_a=w.a.shape,
-        shape_b=w.b.shape,
-        elements=w.elements,
-        differing=sum(c[0] for _, c in unequal),
-        first=first,
-        first_index=None if first is None else _unravel(first, w.a.shape),
-        max_ulp=(farthest[0] if farthest else 0) if measured else None,
-        max_ulp_index=_unravel(-farthest[1], w.a.shape) if farthest else None,
-        max_abs=max((c[5] for _, c in unequal), default=0.0) if measured else None,
-        relative_error=error,
-        unbounded=unbounded,
-        within=rtol is not None and error is not None and error <= rtol,
-    )
-
-
-_MEASURED = frozenset((*_FLOATS, "BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"))
-
-
-def _ratio(squares: float, norm: float, unbounded: int) -> float:
-    if unbounded or not math.isfinite(squares) or not math.isfinite(norm):
-        return math.inf
-    if squares == 0.0:
-        return 0.0
-    return math.sqrt(squares / norm) if norm > 0.0 else math.inf
-
-
-def _tree(values: list[float]) -> float:
-    """The binary tree over neighbours; a last one without a partner passes through."""
-    while len(values) > 1:
-        pairs = [values[i] + values[i + 1] for i in range(0, len(values) - 1, 2)]
-        values = pairs + values[2 * len(pairs) :]
-    return values[0] if values else 0.0
-
-
-def _unravel(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    index: list[int] = []
-    for size in reversed(shape):
-        index.append(flat % size)
-        flat //= size
-    return tuple(reversed(index))
+    return tensor.offset + first * size, min(TILE, elements - first) * size
