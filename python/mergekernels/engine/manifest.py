@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .digests import checkpoint_sha256
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .receipts import Receipt
 
-__all__ = ["FORMAT", "MANIFEST_NAME", "manifest_bytes", "manifest_digest"]
+__all__ = ["FORMAT", "MANIFEST_NAME", "check_form", "manifest_bytes", "manifest_digest"]
 
 MANIFEST_NAME = "merge_manifest.json"
 FORMAT = "mergekernels.manifest/1"
@@ -82,3 +83,24 @@ def manifest_digest(text: bytes) -> str:
     own = json.loads(text).get("manifest_sha256")
     head, found, tail = text.rpartition(f'"{own}"'.encode())
     return hashlib.sha256(head + b'""' + tail if found else text).hexdigest()
+
+
+def check_form(manifest: Mapping[str, Any]) -> None:
+    """Raises if a part that is compared lacks or has another type."""
+    for key in ("files", "small_files"):
+        for entry in manifest[key]:
+            name = entry["name"]
+            if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
+                raise ValueError(f"{key}: not a file name: {name!r}")
+            if not isinstance(entry["size"], int) or not isinstance(entry["sha256"], str):
+                raise TypeError(f"{key}: {name}")
+    for entry in manifest["files"]:
+        if not all(isinstance(n, str) for n in entry["tensors"]):
+            raise TypeError("files: tensors")
+    for record in manifest["tensors"]:
+        if not all(isinstance(record[k], str) for k in ("name", "dtype", "sha256", "file")):
+            raise TypeError("tensors")
+        if not all(isinstance(s, int) for s in record["shape"]):
+            raise TypeError("tensors: shape")
+    if not isinstance(manifest["checkpoint_sha256"], str):
+        raise TypeError("checkpoint_sha256")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +17,7 @@ from ..formats.safetensors import Header
 from ..formats.safetensors import inspect as inspect_header
 from .digests import checkpoint_sha256, file_sha256
 from .layout import INDEX_NAME
-from .manifest import FORMAT, manifest_digest
+from .manifest import FORMAT, check_form, manifest_digest
 from .pool import Reader, for_each
 from .staging import MANIFEST_NAME
 
@@ -89,7 +88,7 @@ class Check:
                 got=computed,
             )
         try:
-            _check_form(data)
+            check_form(data)
         except (KeyError, TypeError, ValueError) as error:
             self.problem(f"the manifest is damaged: {type(error).__name__} {error}", "manifest", file=file)
             return None
@@ -280,24 +279,3 @@ class Check:
     def _tick(self) -> None:
         if self.progress is not None:
             self.progress(min(self.done, self._total), self._total)
-
-
-def _check_form(manifest: Mapping[str, Any]) -> None:
-    """Raises if a part that is compared lacks or has another type."""
-    for key in ("files", "small_files"):
-        for entry in manifest[key]:
-            name = entry["name"]
-            if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
-                raise ValueError(f"{key}: not a file name: {name!r}")
-            if not isinstance(entry["size"], int) or not isinstance(entry["sha256"], str):
-                raise TypeError(f"{key}: {name}")
-    for entry in manifest["files"]:
-        if not all(isinstance(n, str) for n in entry["tensors"]):
-            raise TypeError("files: tensors")
-    for record in manifest["tensors"]:
-        if not all(isinstance(record[k], str) for k in ("name", "dtype", "sha256", "file")):
-            raise TypeError("tensors")
-        if not all(isinstance(s, int) for s in record["shape"]):
-            raise TypeError("tensors: shape")
-    if not isinstance(manifest["checkpoint_sha256"], str):
-        raise TypeError("checkpoint_sha256")
