@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +22,12 @@ from ..formats.checkpoint import Checkpoint, open_checkpoint
 from ..merging import Call
 from ..ops.assembly import alignment
 from ..ops.inputs import Inputs
-from ..tensors import DType, Piece, TensorView
+from ..tensors import Piece
 from .adapted import AdaptedCheckpoint
+from .fileinputs import FileInputs, load_tensor, pieces_of
 from .identity import NUMERIC_POLICY, input_identities
 from .pool import Reader
-from .resolved import ResolvedMerge, ResolvedTensor, Source, sources_of
+from .resolved import ResolvedMerge, ResolvedTensor, sources_of
 from .specs import Specs, method_of
 
 if TYPE_CHECKING:
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from .._methods.protocol import Coeffs, Spec
 
 __all__ = ["recompute_sample", "sample_names"]
-
-_CHUNK = 1 << 20  # elements; the reference needs some hundred bytes of temporaries for each
 
 
 def sample_names(names: Sequence[str], digest: str, count: int) -> list[str]:
@@ -150,43 +148,6 @@ def _compare_inputs(merge: ResolvedMerge, manifest: Mapping[str, Any]) -> list[s
     return notes
 
 
-@dataclass(frozen=True)
-class _FileInputs(Inputs):
-    """The sources of one tensor in files; each shard is read when it is asked for."""
-
-    merge: ResolvedMerge | None = None
-    sources: tuple[Source, ...] = ()
-    cast: DType | None = None
-    companions: int = 0
-    reader: Reader = field(default_factory=Reader)
-
-    def cut(self, align: int) -> _FileInputs:
-        """Chunks of a multiple of `align` elements."""
-        return replace(self, pieces=_pieces(self.n, align))
-
-    def views(self, shard: int) -> tuple[TensorView | None, list[TensorView]]:
-        """(base, models) of a shard."""
-        assert self.merge is not None
-        piece = self.pieces[shard]
-        views = []
-        for slot, source in enumerate(self.sources):
-            tensor = _load(self.reader, self.merge.inputs[source.input], source.tensor, piece, slot)
-            plain = self.num_models - self.companions <= slot < self.num_models
-            views.append(replace(view_of(tensor), cast=None if plain else self.cast))
-        return (views.pop() if self.has_base else None), views
-
-
-def _load(reader: Reader, checkpoint: Checkpoint, name: str, piece: Piece, slot: int) -> torch.Tensor:
-    """Consecutive elements of a stored tensor."""
-    import torch
-
-    info = checkpoint.tensors[name]
-    raw = bytearray(max(1, piece.numel * info.dtype.itemsize))
-    view = memoryview(raw)[: piece.numel * info.dtype.itemsize]
-    reader.read(checkpoint.files[info.file].path, view, info.offset + piece.g0 * info.dtype.itemsize, slot)
-    return torch.frombuffer(raw, dtype=torch_dtype(info.dtype), count=piece.numel)
-
-
 class _Again:
     """Computes tensors of a merge again."""
 
@@ -241,8 +202,8 @@ class _Again:
     def _compare_copied(self, tensor: ResolvedTensor) -> MergeError | None:
         source = tensor.base or tensor.models[0]
         wrong, first = 0, -1
-        for piece in _pieces(prod(tensor.shape)):
-            original = _load(self._reader, self._merge.inputs[source.input], source.tensor, piece, 0)
+        for piece in pieces_of(prod(tensor.shape)):
+            original = load_tensor(self._reader, self._merge.inputs[source.input], source.tensor, piece, 0)
             found = self._against_published(tensor.name, original, piece)
             if found[0] and not wrong:
                 first = piece.g0 + found[1]
@@ -283,9 +244,9 @@ class _Again:
         call = self._call
         return resolve_scope(call.method, specs, tensors, self._backend, call.threads, call.nan)
 
-    def _inputs(self, index: int) -> _FileInputs:
+    def _inputs(self, index: int) -> FileInputs:
         tensor, spec = self._merge.tensors[index], self._specs.spec(index)
-        return _FileInputs(
+        return FileInputs(
             name=tensor.name,
             tensor=spec.tensor,
             n=spec.n,
@@ -293,7 +254,7 @@ class _Again:
             has_base=spec.has_base,
             compute=spec.compute,
             sharded=True,
-            pieces=_pieces(spec.n),
+            pieces=pieces_of(spec.n),
             tensors=(),
             merge=self._merge,
             sources=sources_of(tensor),
@@ -303,8 +264,3 @@ class _Again:
             shape=tensor.shape,
             labels=tuple(self._merge.inputs[s.input].label for s in tensor.models),
         )
-
-
-def _pieces(n: int, align: int = 1) -> tuple[Piece, ...]:
-    chunk = max(1, _CHUNK // align) * align
-    return tuple(Piece.flat(start, min(chunk, n - start)) for start in range(0, n, chunk))
