@@ -60,8 +60,8 @@ void bind_jacobi(py::module_& m) {
   m.def("jacobi_room", [](bool eigh, std::int64_t p, std::int64_t s, bool far, int compute) {
     check_sides(p, s, eigh);
     const int rows = static_cast<int>(p), columns = static_cast<int>(s);
-    const std::int64_t size = compute == kF64 ? JacobiRoom<double>::size(rows, columns, far)
-                                              : JacobiRoom<float>::size(rows, columns, far);
+    const std::int64_t size =
+        compute == kF64 ? JacobiRoom<double>::size(rows, columns, far) : JacobiRoom<float>::size(rows, columns, far);
     return std::make_tuple(jacobi_threads(columns), size);
   });
   m.def("jacobi_table", [](const std::vector<ItemTuple>& items, int compute) {

@@ -78,8 +78,8 @@ struct Rotation {
   C c, s, t;
 };
 
-// The smaller of the two angles that make [[alpha, gamma], [gamma, beta]] diagonal; the diagonal becomes alpha - t gamma,
-// beta + t gamma.
+// The smaller of the two angles that make [[alpha, gamma], [gamma, beta]] diagonal; the diagonal becomes alpha - t
+// gamma, beta + t gamma.
 template <class C>
 MK_HD Rotation<C> smaller_rotation(C alpha, C beta, C gamma) {
   const C zeta = (beta - alpha) / (C(2) * gamma);

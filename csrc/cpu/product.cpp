@@ -32,8 +32,7 @@ void product(const View& b, const View& a, const Piece& piece, const View& out, 
   if (b.shape.size() != 2 || a.shape.size() != 2 || b.shape[1] != a.shape[0])
     throw std::invalid_argument("factors are matrices of shapes (m, r) and (r, n)");
   const bool dense_factors = b.shape[1] == 0 || (Reader(b).contiguous() && Reader(a).contiguous());
-  if (!dense_factors || !Reader(out).contiguous())
-    throw std::invalid_argument("factors and product are contiguous");
+  if (!dense_factors || !Reader(out).contiguous()) throw std::invalid_argument("factors and product are contiguous");
   const std::int64_t m = b.shape[0], n = a.shape[1], item = compute == kF64 ? 8 : 4;
   const std::int64_t last = piece.g0 + (piece.rows - 1) * piece.ld + piece.cols;
   if (piece.g0 < 0 || piece.rows < 0 || (piece.rows > 0 && piece.cols > 0 && last > m * n))

@@ -114,8 +114,7 @@ MK_BLOCK void form_q(Jacobi<C, Team>& work) {
     team.all([&](int thread) {
       for (int j = k + 1 + thread / lanes; j < s; j += teams) {
         const C factor = room.values[j];
-        for (int i = k + thread % lanes; i < p; i += lanes)
-          at(j)[i] = (i == k ? C(0) : at(j)[i]) - factor * at(k)[i];
+        for (int i = k + thread % lanes; i < p; i += lanes) at(j)[i] = (i == k ? C(0) : at(j)[i]) - factor * at(k)[i];
       }
     });
     team.all([&](int thread) {

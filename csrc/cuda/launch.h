@@ -40,7 +40,8 @@ void launch_rank(const RankArgs& args, int dtype, const Queue& queue);
 template <class C>
 void launch_sweep(const SweepArgs& args, int dtype, const Queue& queue);
 
-// threads: jacobi_threads of every matrix of the call; bytes: of the largest room. `eigh`: an eigenproblem, else an SVD.
+// threads: jacobi_threads of every matrix of the call; bytes: of the largest room. `eigh`: an eigenproblem, else an
+// SVD.
 template <class C>
 void launch_jacobi(bool eigh, const JacobiArgs<C>& args, int threads, int bytes, const Queue& queue);
 
