@@ -1,4 +1,6 @@
-"""Modules that hold checks for several test files say what differs, as the test files do."""
+"""Fixtures of several test files; modules that hold checks for several say what differs, as the test files do."""
+
+from collections.abc import Iterator
 
 import pytest
 
@@ -13,3 +15,14 @@ pytest.register_assert_rewrite(
     "gpu_feature_cases",
     "gpu_matrix",
 )
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For small tensors: on a busy machine torch's threads wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

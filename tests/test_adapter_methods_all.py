@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ from mergekernels._methods.protocol import REQUIRED
 from mergekernels.adapters.job import wants_of
 from mergekernels.errors import MergeError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SITES = [
     site("layers.0.q", 40, 28),
     site("layers.0.c", 28, 36, "fan_in_fan_out"),
@@ -29,14 +30,6 @@ ORDERED = {"opcm": "a stream", "tc_lora": "iterations from a start", "lora_lego"
 MORE: dict[str, dict[str, Any]] = {
     "tc_lora": {"n_starts": 1, "max_iter": 10},  # the properties do not need a converged fit
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def options(method: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -15,6 +14,8 @@ from adapter_cases import adapter, adapters, best, dense, error, module, product
 from brute_methods import words
 from mergekernels.errors import ArgumentError, PlanError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SITES = [
     site("layers.0.q", 40, 28),
     site("layers.0.c", 28, 36, "fan_in_fan_out"),
@@ -23,14 +24,6 @@ SITES = [
 ]
 WEIGHTS = [1.0, -0.75, 2.0, 0.4]
 ALPHA = {"alpha": 6.0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def drawn(seed: int, density: list[float]) -> reference.Prune:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,9 @@ from mergekernels._methods.spectral.tied import tie
 from mergekernels.conformance import judge, open_kit, outputs_of
 from mergekernels.conformance.__main__ import main
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KIT = open_kit()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors are small here, and on a busy machine torch's threads wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 RUNS = [

@@ -7,10 +7,8 @@ changed result, to be explained in the changelog.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
-import torch
 
 import mergekernels as mk
 from digest_runs import FILE, GOLDEN, merged, merged_sharded
@@ -18,16 +16,9 @@ from golden_family import DTYPES
 from mergekernels import _cpu
 from method_cases import CASES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 each = pytest.mark.parametrize(("case", "dtype"), [(c, d) for c in CASES for d in DTYPES])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors are small here, and on a busy machine torch's threads wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_every_method_has_a_case() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,20 +15,14 @@ from adapter_cases import adapter, adapters, best, dense, error, module, product
 from mergekernels.adapters.model import Adapter, Module
 from mergekernels.errors import ArgumentError, BackendError, DataError, InputError, MergeError, OutputError, PlanError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SITES = [
     site("layers.0.q", 24, 16),
     site("layers.0.c", 20, 12, "fan_in_fan_out"),
     site("embed", 12, 30, "embedding"),
     site("conv", 16, 12, "conv"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def matrix(merged: mk.MergedAdapter, name: str) -> torch.Tensor:

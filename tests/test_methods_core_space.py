@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -15,16 +15,9 @@ from mergekernels._methods.matrix_table import get_matrix
 from mergekernels.adapters.model import Factors
 from mergekernels.errors import ArgumentError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAME = "layers.0.q_proj"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices are small here."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def three() -> list[Factors]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -16,16 +16,9 @@ from mergekernels._methods.spectral.tied import tie
 from mergekernels.adapters.model import Delta, Factors
 from mergekernels.errors import ArgumentError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPES = {"layers.0.q": (48, 40), "layers.0.down": (30, 64), "layers.1.q": (48, 40)}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices are small here."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def family(ranks: Sequence[int] = (4, 6, 3), dtype: torch.dtype = torch.float32) -> dict[str, list[Delta]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,6 +15,8 @@ from mergekernels._methods.matrix_table import get_matrix
 from mergekernels.adapters.model import Delta, Factors
 from mergekernels.errors import ArgumentError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPES = {
     "model.layers.0.self_attn.q_proj.weight": (48, 40),
     "model.layers.0.self_attn.v_proj.weight": (24, 40),
@@ -23,15 +24,6 @@ SHAPES = {
     "model.layers.1.self_attn.q_proj.weight": (48, 40),
     "lm_head.weight": (30, 40),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices are small here."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def family(ranks: tuple[int, ...] = (4, 6)) -> dict[str, list[Delta]]:

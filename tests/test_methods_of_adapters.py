@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ from matrix_cases import dense, merge_all, relative
 from mergekernels.adapters.merge import merge_adapters
 from mergekernels.adapters.model import Adapter, Delta, Factors
 from mergekernels.errors import ArgumentError, MergeError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SITES = [
     site("layers.0.q_proj", 24, 16),
@@ -37,15 +38,6 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("lore", {"mu": 0.5, "tau_scale": 2.0}),
 ]
 NEED_ONE_RANK = ("robust_merge", "linear")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices are small here."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def given(name: str, params: dict[str, Any]) -> list[Adapter]:

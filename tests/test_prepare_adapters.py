@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 import mergekernels as mk
 from adapter_cases import adapter, adapters, best, error, module, product, site, weighted
 from mergekernels.errors import ArgumentError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SITES = [
     site("layers.0.q", 40, 28),
@@ -18,14 +18,6 @@ SITES = [
     site("conv", 16, 24, "conv"),
 ]
 VECTORS = [[1.0, 1.0, 1.0], [0.5, -2.0, 0.0], [0.0, 0.0, 3.0], [-1.0, 1e-3, 7.0]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def same(one: mk.MergedAdapter, two: mk.MergedAdapter, bound: float) -> None:
