@@ -57,9 +57,13 @@ def test_svd_of_one_layer(versus: Any, side: int) -> None:
     side = side // 4 if versus.quick else side
     parts = [adapter(side, side, i) for i in range(COUNT)]
     versus(
-        "svd, one layer", f"8 of rank 16 on {side} x {side}", lambda: our_svd(parts),
-        {"PEFT's formula": lambda: peft_svd(parts)}, distance, 1e-5,
-    )  # fmt: skip
+        "svd, one layer",
+        f"8 of rank 16 on {side} x {side}",
+        lambda: our_svd(parts),
+        {"PEFT's formula": lambda: peft_svd(parts)},
+        distance,
+        1e-5,
+    )
 
 
 def test_svd_of_many_adapters(versus: Any) -> None:
@@ -77,9 +81,13 @@ def test_svd_of_many_adapters(versus: Any) -> None:
         return found.b, found.a
 
     versus(
-        "svd, one layer", f"{count} of rank 16 on {side} x {side}", ours, {"PEFT's formula": peer},
-        lambda mine, theirs: lost(dense, mine) / lost(dense, theirs) - 1.0, 1e-4,
-    )  # fmt: skip
+        "svd, one layer",
+        f"{count} of rank 16 on {side} x {side}",
+        ours,
+        {"PEFT's formula": peer},
+        lambda mine, theirs: lost(dense, mine) / lost(dense, theirs) - 1.0,
+        1e-4,
+    )
 
 
 def lost(dense: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor]) -> float:
@@ -105,9 +113,13 @@ def test_extraction(versus: Any, spectrum: str) -> None:
         return found.b, found.a
 
     versus(
-        "extraction", f"rank 64 of {m} x {n}, {spectrum}", ours, {"torch.linalg.svd": peer},
-        lambda mine, theirs: lost(wide, mine) / lost(wide, theirs) - 1.0, 1e-4,
-    )  # fmt: skip
+        "extraction",
+        f"rank 64 of {m} x {n}, {spectrum}",
+        ours,
+        {"torch.linalg.svd": peer},
+        lambda mine, theirs: lost(wide, mine) / lost(wide, theirs) - 1.0,
+        1e-4,
+    )
 
 
 def write_adapters(folder: Path, modules: int, side: int) -> list[Path]:
@@ -166,9 +178,7 @@ def test_svd_of_a_set_with_files(versus: Any, tmp_path: Path, side: int) -> None
         pairs = zip(names, others, strict=True)
         return max(distance((mine[b], mine[a]), (theirs[b], theirs[a])) for a, b in pairs)
 
-    versus(
-        "svd, a set", f"{modules} modules of {side} x {side}, files", ours, {"PEFT's formula": peer}, worst, 1e-5
-    )  # fmt: skip
+    versus("svd, a set", f"{modules} modules of {side} x {side}, files", ours, {"PEFT's formula": peer}, worst, 1e-5)
 
 
 def in_memory(parts: list[Factors]) -> list[Adapter]:
@@ -193,13 +203,16 @@ def test_svd_with_other_weights(versus: Any) -> None:
         return found.b, found.a
 
     versus(
-        "svd, other weights", f"8 of rank 16 on {side} x {side}", lambda: factors(prepared.merge(WEIGHTS)),
+        "svd, other weights",
+        f"8 of rank 16 on {side} x {side}",
+        lambda: factors(prepared.merge(WEIGHTS)),
         {
             "merge_adapters": lambda: factors(mk.merge_adapters(given, "svd", weights=WEIGHTS, rank=RANK)),
             "PEFT's formula": lambda: peft_svd([a.modules["layer"].factors() for a in given]),
         },
-        distance, 1e-5,
-    )  # fmt: skip
+        distance,
+        1e-5,
+    )
 
 
 def peft_ties(parts: list[Factors], density: float) -> torch.Tensor:

@@ -45,34 +45,50 @@ def test_polar(versus: Any, side: int, aspect: int) -> None:
     x = normal(aspect * side, side)
     # The bound is that of the peer: eps times the condition, up to 1e4 where a matrix is square.
     versus(
-        "polar", f"{aspect * side} x {side}", lambda: ops.polar(x).p, {"torch.linalg.svd": lambda: svd_polar(x)},
-        distance, 1e-4,
-    )  # fmt: skip
+        "polar",
+        f"{aspect * side} x {side}",
+        lambda: ops.polar(x).p,
+        {"torch.linalg.svd": lambda: svd_polar(x)},
+        distance,
+        1e-4,
+    )
 
 
 @pytest.mark.parametrize("route", ["gram", "svd", "qdwh", "newton_schulz"])
 def test_polar_routes(versus: Any, side: int, route: Any) -> None:
     x = normal(side, side)
     versus(
-        f"polar {route}", f"{side} x {side}", lambda: ops.polar(x, route=route).p,
-        {"torch.linalg.svd": lambda: svd_polar(x)}, distance, 1e-4,
-    )  # fmt: skip
+        f"polar {route}",
+        f"{side} x {side}",
+        lambda: ops.polar(x, route=route).p,
+        {"torch.linalg.svd": lambda: svd_polar(x)},
+        distance,
+        1e-4,
+    )
 
 
 def test_polar_list(versus: Any, side: int) -> None:
     xs = [normal(side // 2, side // 2, seed) for seed in range(8)]
     versus(
-        "polar", f"8 of {side // 2} x {side // 2}", lambda: torch.stack([p.p for p in ops.polar(xs)]),
-        {"torch.linalg.svd": lambda: torch.stack([svd_polar(x) for x in xs])}, distance, 1e-4,
-    )  # fmt: skip
+        "polar",
+        f"8 of {side // 2} x {side // 2}",
+        lambda: torch.stack([p.p for p in ops.polar(xs)]),
+        {"torch.linalg.svd": lambda: torch.stack([svd_polar(x) for x in xs])},
+        distance,
+        1e-4,
+    )
 
 
 def test_polar_factors(versus: Any, side: int) -> None:
     parts = Factors(normal(2 * side, 64), normal(64, 2 * side, 1))
     versus(
-        "polar", f"rank 64 of {2 * side} x {2 * side}", lambda: ops.polar(parts).p.dense(),
-        {"QR, QR, svd (torch)": lambda: qr_polar(parts)}, distance, 1e-5,
-    )  # fmt: skip
+        "polar",
+        f"rank 64 of {2 * side} x {2 * side}",
+        lambda: ops.polar(parts).p.dense(),
+        {"QR, QR, svd (torch)": lambda: qr_polar(parts)},
+        distance,
+        1e-5,
+    )
 
 
 def qr_polar(parts: Factors) -> torch.Tensor:
@@ -86,19 +102,27 @@ def test_tall_qr(versus: Any, side: int) -> None:
     x = normal(4 * side, side // 8)
     flops = 4 * x.numel() * x.shape[1]
     versus(
-        "tall_qr", f"{4 * side} x {side // 8}", lambda: ops.tall_qr(x),
+        "tall_qr",
+        f"{4 * side} x {side // 8}",
+        lambda: ops.tall_qr(x),
         {"torch.linalg.qr": lambda: torch.linalg.qr(x)},
-        lambda ours, theirs: distance(ours.q @ (ours.q.mT @ theirs.Q), theirs.Q), 1e-5, flops,
-    )  # fmt: skip
+        lambda ours, theirs: distance(ours.q @ (ours.q.mT @ theirs.Q), theirs.Q),
+        1e-5,
+        flops,
+    )
 
 
 @pytest.mark.parametrize("size", [16, 64])
 def test_small_svd(versus: Any, size: int) -> None:
     ms = [normal(size, size, seed).double() for seed in range(256)]
     versus(
-        "small_svd", f"256 of {size} x {size}", lambda: torch.stack([m.s for m in ops.small_svd(ms)]),
-        {"torch.linalg.svd, one by one": lambda: torch.stack([torch.linalg.svd(m).S for m in ms])}, distance, 1e-13,
-    )  # fmt: skip
+        "small_svd",
+        f"256 of {size} x {size}",
+        lambda: torch.stack([m.s for m in ops.small_svd(ms)]),
+        {"torch.linalg.svd, one by one": lambda: torch.stack([torch.linalg.svd(m).S for m in ms])},
+        distance,
+        1e-13,
+    )
 
 
 def test_soft_threshold(versus: Any, side: int) -> None:
@@ -110,9 +134,13 @@ def test_soft_threshold(versus: Any, side: int) -> None:
         return (u * (s - mu).clamp_min(0)) @ vh
 
     versus(
-        "soft_threshold", f"{2 * side} x {side}", lambda: ops.soft_threshold(x, mu).y,
-        {"torch.linalg.svd": by_svd}, lambda y, z: float((y - z).norm() / x.norm()), 1e-6,
-    )  # fmt: skip
+        "soft_threshold",
+        f"{2 * side} x {side}",
+        lambda: ops.soft_threshold(x, mu).y,
+        {"torch.linalg.svd": by_svd},
+        lambda y, z: float((y - z).norm() / x.norm()),
+        1e-6,
+    )
 
 
 def published_tsv_m(tasks: list[torch.Tensor]) -> torch.Tensor:
@@ -148,9 +176,13 @@ def test_tsv_m(versus: Any, side: int, times: int) -> None:
     base = torch.zeros(n, n)
     name, peer = fusion_bench_tsv_m()
     versus(
-        "tsv_m", f"8 of {n} x {n}", lambda: mk.merge(tasks, "tsv_m", base=base), {name: lambda: peer(tasks)},
-        distance, 1e-4,
-    )  # fmt: skip
+        "tsv_m",
+        f"8 of {n} x {n}",
+        lambda: mk.merge(tasks, "tsv_m", base=base),
+        {name: lambda: peer(tasks)},
+        distance,
+        1e-4,
+    )
 
 
 @pytest.mark.parametrize("aspect", [1, 4])
@@ -163,9 +195,13 @@ def test_iso_c(versus: Any, side: int, aspect: int) -> None:
         return u @ torch.diag(torch.ones_like(s) * s.mean()) @ vh
 
     versus(
-        "iso_c", f"8 of {aspect * side} x {side}", lambda: mk.merge(tasks, "iso_c", base=base),
-        {"svd of the sum (torch)": published}, distance, 1e-4,
-    )  # fmt: skip
+        "iso_c",
+        f"8 of {aspect * side} x {side}",
+        lambda: mk.merge(tasks, "iso_c", base=base),
+        {"svd of the sum (torch)": published},
+        distance,
+        1e-4,
+    )
 
 
 @pytest.mark.parametrize("method", ["tsv_m", "iso_c"])
@@ -188,6 +224,10 @@ def test_methods_on_factors(versus: Any, side: int, method: str) -> None:
         return float(s.mean()) * (u[:, :128] @ vh[:128])
 
     versus(
-        f"{method} of adapters", f"8 of {n} x {n}, rank 16", lambda: found.merge(spec, tasks).delta,
-        {"dense SVDs (torch)": published}, lambda ours, theirs: distance(ours.dense(), theirs), 1e-4,
-    )  # fmt: skip
+        f"{method} of adapters",
+        f"8 of {n} x {n}, rank 16",
+        lambda: found.merge(spec, tasks).delta,
+        {"dense SVDs (torch)": published},
+        lambda ours, theirs: distance(ours.dense(), theirs),
+        1e-4,
+    )

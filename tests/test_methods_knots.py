@@ -126,9 +126,16 @@ def test_dare_ties_is_the_library_call_on_the_coordinates() -> None:
     given = [product(48, 40, r, t, torch.float64) for t, r in enumerate((4, 6, 3))]
     u, parts = brute_parts(given)
     merged = mergekernels.merge(
-        [p.contiguous() for p in parts], "dare_ties", base=torch.zeros_like(parts[0]), density=0.4, dialect="paper",
-        trim=1.0, weights=1.0, name="layers.0.q_proj", seed=5,
-    )  # fmt: skip
+        [p.contiguous() for p in parts],
+        "dare_ties",
+        base=torch.zeros_like(parts[0]),
+        density=0.4,
+        dialect="paper",
+        trim=1.0,
+        weights=1.0,
+        name="layers.0.q_proj",
+        seed=5,
+    )
     got = merge_one("knots", given, inner="dare_ties", density=0.4, seed=5)
     assert relative(got, u @ merged) < 1e-9
     assert relative(merge_one("knots", given, inner="dare_ties", density=0.4, seed=6), got) > 0.1

@@ -43,8 +43,10 @@ def test_singular_values(kind: str) -> None:
 
 def test_cuts() -> None:
     """Relative by default, absolute in the dialects of the tools."""
-    given = [Factors(product(40, 30, 6, t).b * torch.tensor([1.0, 1.0, 1.0, 1e-3, 1e-5, 1e-8]), product(40, 30, 6, t).a)
-             for t in range(2)]  # fmt: skip
+    given = [
+        Factors(product(40, 30, 6, t).b * torch.tensor([1.0, 1.0, 1.0, 1e-3, 1e-5, 1e-8]), product(40, 30, 6, t).a)
+        for t in range(2)
+    ]
     s = torch.linalg.svdvals(torch.cat([dense(f) for f in given], 1))
     cases = {
         "default": s > s[0] * 12 * torch.finfo(torch.float32).eps,

@@ -60,8 +60,13 @@ def test_defaults_and_parameters() -> None:
     plain = merge_one("robust_merge", three())
     assert relative(plain, merge_one("robust_merge", three(), keep=0.2, clamp=0.8, factor_scale=2.0)) == 0.0
     assert relative(merge_one("robust_merge", three(), factor_scale=1.0), plain / 4) < 1e-6
-    assert relative(merge_one("robust_merge", three(), factor_scale=1.0, dialect="paper"),
-                    merge_one("robust_merge", three(), dialect="paper") / 2) < 1e-6  # fmt: skip
+    assert (
+        relative(
+            merge_one("robust_merge", three(), factor_scale=1.0, dialect="paper"),
+            merge_one("robust_merge", three(), dialect="paper") / 2,
+        )
+        < 1e-6
+    )
     third = merge_one("robust_merge", three(), clamp=0.0, keep=0.8, factor_scale=1.0)
     assert relative(third, brute(three(), 0.8, 0.0, 1.0)) < 1e-6
     assert relative(plain, merge_one("robust_merge", three(), clamp=0.0)) > 1e-3

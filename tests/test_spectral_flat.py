@@ -34,7 +34,7 @@ def stacked(n: int, tasks: int) -> torch.Tensor:
         brute.with_spectrum(192, 160, brute.spectra(160)["flat"], 3, torch.float32),
     ],
     ids=["gaussian", "rectangular", "aspect 4", "stacked", "flat"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("flip", [False, True])
 def test_split_polar(x, flip):
     made = ops.polar(x.T.contiguous() if flip else x, nuclear=True)

@@ -19,11 +19,16 @@ CASES = [
     case("from_norm", "from_norm", params={"k": 2.0}, bound=BOUND),
     case("pcb", "pcb", params={"ratio": 0.2, "clip": 0.01, "lambda": 1.2}, bound=2**-18),
     case("pcgrad", "pcgrad", params={"order": "fixed", "reduction": "sum", "scope": "model"}, bound=BOUND),
-    case("breadcrumbs-rows", "breadcrumbs", dialect="paper",
-         params={"weight": 1.0, "density": 0.3, "gamma": 0.05, "lambda": 0.5}, bound=BOUND),
+    case(
+        "breadcrumbs-rows",
+        "breadcrumbs",
+        dialect="paper",
+        params={"weight": 1.0, "density": 0.3, "gamma": 0.05, "lambda": 0.5},
+        bound=BOUND,
+    ),
     case("sce-paper", "sce", dialect="paper", params={"select_topk": 0.3}, bound=BOUND),
     case("ramplus-model", "ramplus_tl", dialect="paper", params={"epsilon": 0.001, "rescale_factor": 1.2}, bound=BOUND),
-]  # fmt: skip
+]
 
 
 def formula(folder: Path) -> Iterator[tuple[Case, Tensors]]:
@@ -153,6 +158,12 @@ def ramplus_model(deltas: list[Tensors], epsilon: float, rescale_factor: float) 
 
 
 RULES: dict[str, Callable[..., Tensors]] = {
-    "consensus": consensus, "deme": deme, "from_norm": from_norm, "pcb": pcb, "pcgrad": pcgrad,
-    "breadcrumbs-rows": breadcrumbs_rows, "sce-paper": sce_paper, "ramplus-model": ramplus_model,
-}  # fmt: skip
+    "consensus": consensus,
+    "deme": deme,
+    "from_norm": from_norm,
+    "pcb": pcb,
+    "pcgrad": pcgrad,
+    "breadcrumbs-rows": breadcrumbs_rows,
+    "sce-paper": sce_paper,
+    "ramplus-model": ramplus_model,
+}

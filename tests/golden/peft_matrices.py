@@ -19,8 +19,9 @@ _WEIGHTS = [1.0, -0.7, 2.5]
 
 def _case(id_: str, method: str, models: tuple[str, ...] = _EQUAL, **fields: Any) -> Case:
     params = {"weight": _WEIGHTS, **fields.pop("params", {})}
-    entry = case(id_, method, dialect="peft", norm="frobenius", takes="adapters", params=params,
-                 **{"bound": 1e-5, **fields})  # fmt: skip
+    entry = case(
+        id_, method, dialect="peft", norm="frobenius", takes="adapters", params=params, **{"bound": 1e-5, **fields}
+    )
     return {**entry, "models": list(models), "base": None}
 
 

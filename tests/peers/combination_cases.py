@@ -33,8 +33,13 @@ SETS: dict[str, list[dict[str, Any]]] = {
 }
 _EQUAL = ("linear", "magnitude_prune", "dare_linear", "ties", "dare_ties")
 _ANY = ("cat", "svd", "magnitude_prune_svd", "dare_linear_svd", "ties_svd", "dare_ties_svd")
-_WEIGHTS = {"equal": [1.0, -0.7, 2.5], "mixed": [0.5, 1.5, -2.0], "partial": [1.0, 0.3, -1.0], "leaky": [1.0, 0.5],
-            "one": [1.3]}  # fmt: skip
+_WEIGHTS = {
+    "equal": [1.0, -0.7, 2.5],
+    "mixed": [0.5, 1.5, -2.0],
+    "partial": [1.0, 0.3, -1.0],
+    "leaky": [1.0, 0.5],
+    "one": [1.3],
+}
 
 
 def case(name: str, set_: str, type_: str, **options: Any) -> dict[str, Any]:

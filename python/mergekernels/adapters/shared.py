@@ -92,9 +92,11 @@ class SharedAdapters:
         index = self.labels.index(which) if which in self.labels else which
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < count:
             raise ArgumentError(
-                "no such adapter", code="shared.task", expected=f"0 to {count - 1}, or one of {', '.join(self.labels)}",
+                "no such adapter",
+                code="shared.task",
+                expected=f"0 to {count - 1}, or one of {', '.join(self.labels)}",
                 got=repr(which),
-            )  # fmt: skip
+            )
         return self.merge([float(t == index) for t in range(count)])
 
     def _items(self, job: Job, limits: Limits) -> Iterator[tuple[Place, Merged, Cut]]:

@@ -46,9 +46,11 @@ class TextClusters:
         x = _points(embeddings, self.metric)
         if x.shape[1] != self.centroids.shape[1]:
             raise ArgumentError(
-                "the embeddings have another width", code="texts.width", expected=str(self.centroids.shape[1]),
+                "the embeddings have another width",
+                code="texts.width",
+                expected=str(self.centroids.shape[1]),
                 got=str(x.shape[1]),
-            )  # fmt: skip
+            )
         centroids = self.centroids.to(x)
         score = x @ centroids.mT if self.metric == "cosine" else -torch.cdist(x, centroids).square()
         return score.argmax(1), torch.softmax(score / temperature, 1).to(torch.float32)
@@ -81,9 +83,12 @@ def cluster_texts(
     x = _points(embeddings, metric)
     if x.shape[0] > 32768:
         raise ArgumentError(
-            "too many texts for one Gram", code="texts.count", expected="at most 32768", got=str(x.shape[0]),
+            "too many texts for one Gram",
+            code="texts.count",
+            expected="at most 32768",
+            got=str(x.shape[0]),
             hint="Cluster a sample and route the rest.",
-        )  # fmt: skip
+        )
     k = check_integer(k, 1, x.shape[0] + 1, "k")
     found = cluster(x, k, n_starts=n_starts, max_iter=max_iter, seed=seed)
     member = torch.nn.functional.one_hot(found.labels, k).to(x)

@@ -90,9 +90,13 @@ def _call(before: Continual | None, given: dict[str, Any]) -> MatrixCall:
 
 
 def _step(
-    folder: Path, before: Continual | None, call: MatrixCall, model: Mapping[str, Any], base: Mapping[str, Any],
+    folder: Path,
+    before: Continual | None,
+    call: MatrixCall,
+    model: Mapping[str, Any],
+    base: Mapping[str, Any],
     label: str,
-) -> Continual:  # fmt: skip
+) -> Continual:
     names = _names(model, base)
     floats, widths = [], []
     for name in names:

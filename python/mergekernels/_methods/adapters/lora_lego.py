@@ -130,9 +130,13 @@ class LoraLego(PerMatrix):
             mu_b, mu_a = mu_b * gain, mu_a * gain[:, None]
         scale = {"sqrt_r_k": r / k, "sqrt_R_k": total / k, "none": 1.0}[params["output"]] ** 0.5
         report = {
-            "units": count, "zero_units": total - count, "k": k, "inertia": found.inertia, "steps": found.steps,
+            "units": count,
+            "zero_units": total - count,
+            "k": k,
+            "inertia": found.inertia,
+            "steps": found.steps,
             "sizes": found.sizes,
-        }  # fmt: skip
+        }
         warnings: tuple[str, ...] = ()
         if not found.converged:
             warnings = (f"{spec.name}: k-means did not settle in {params['max_iter']} steps",)

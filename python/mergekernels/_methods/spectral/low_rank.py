@@ -41,7 +41,7 @@ class LowRankSum(PerMatrix):
         source="Eckart and Young 1936",
         dialects={"default": "as the formula says"},
         takes=("models",),
-    )  # fmt: skip
+    )
 
     def check(self, params: Any, dialect: str) -> list[str]:
         """One of both is given."""

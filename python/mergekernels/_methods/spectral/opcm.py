@@ -73,8 +73,13 @@ class Opcm(PerMatrix):
                 "patterns of tensor names, separated by commas, that are added without projection",
                 default="*embed*,*.wte.*,*.wpe.*",
             ),
-            Param(CONV.name, "str", "tensors of more than two dimensions: flattened to (dim 0, rest), or added without "
-                  "projection", default="mean", choices=CONV.choices),
+            Param(
+                CONV.name,
+                "str",
+                "tensors of more than two dimensions: flattened to (dim 0, rest), or added without projection",
+                default="mean",
+                choices=CONV.choices,
+            ),
             EXPERTS,
             RANK_TOL,
         ),
@@ -93,7 +98,7 @@ class Opcm(PerMatrix):
             "embeddings are known by their names (exclude), since a checkpoint has no module classes",
         ),
         takes=("models", "adapters"),
-    )  # fmt: skip
+    )
 
     def scope(self, params: Mapping[str, Any], dialect: str) -> Literal["tensor", "model"]:
         """Norms are taken over the model."""

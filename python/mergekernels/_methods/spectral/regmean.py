@@ -56,7 +56,7 @@ class RegMean(PerMatrix):
             "a weight of shape (in, out) is known by its Gram, which is then as large as its first side",
             "the Grams are supplied; estimating them is the caller's",
         ),
-    )  # fmt: skip
+    )
 
     def check(self, params: Mapping[str, Any], dialect: str) -> list[str]:
         """Weights must not all be 0."""

@@ -43,8 +43,14 @@ class Star(PerMatrix):
         params=(
             WEIGHT,
             LAMBDA,
-            Param("eta", "float", "share of the nuclear norm that is kept, in percent, above 0", default=40.0, low=0.0,
-                  high=100.0),
+            Param(
+                "eta",
+                "float",
+                "share of the nuclear norm that is kept, in percent, above 0",
+                default=40.0,
+                low=0.0,
+                high=100.0,
+            ),
             COUNT_ZERO,
             EXCLUDE,
             CONV,
@@ -64,7 +70,7 @@ class Star(PerMatrix):
             "the authors merge the matrices that LoRA changed and leave the others; here all matrices are merged",
         ),
         takes=("models", "adapters"),
-    )  # fmt: skip
+    )
 
     def check(self, params: Any, dialect: str) -> list[str]:
         """Eta is above 0."""

@@ -29,9 +29,11 @@ def project(
 def project(G: Sharded, u: torch.Tensor | None, v: torch.Tensor | None = ..., kind: Kind = ...) -> Sharded: ...
 @overload
 def project(
-    G: Sequence[torch.Tensor | Sharded], u: Sequence[torch.Tensor | None] | None,
-    v: Sequence[torch.Tensor | None] | None = ..., kind: Kind = ...,
-) -> list[Any]: ...  # fmt: skip
+    G: Sequence[torch.Tensor | Sharded],
+    u: Sequence[torch.Tensor | None] | None,
+    v: Sequence[torch.Tensor | None] | None = ...,
+    kind: Kind = ...,
+) -> list[Any]: ...
 def project(G: Any, u: Any, v: Any = None, kind: Kind = "block") -> Any:
     """G without, or with only, its part in given subspaces.
 
@@ -54,9 +56,11 @@ def project(G: Any, u: Any, v: Any = None, kind: Kind = "block") -> Any:
     vs = [None] * len(G) if v is None else list(v)
     if len(us) != len(G) or len(vs) != len(G):
         raise ArgumentError(
-            "project needs one basis per matrix", code="argument.basis", expected=str(len(G)),
+            "project needs one basis per matrix",
+            code="argument.basis",
+            expected=str(len(G)),
             got=f"{len(us)} and {len(vs)}",
-        )  # fmt: skip
+        )
     tasks = [(g, a, b, f"[{i}]") for i, (g, a, b) in enumerate(zip(G, us, vs, strict=True))]
     return in_threads(tasks, lambda task: _project(task[0], task[1], task[2], kind, task[3]))
 
@@ -109,9 +113,11 @@ def _basis(basis: Any, rows: int, name: str, *, needed: bool) -> torch.Tensor | 
     b = dense(check_matrix(basis, name))
     if b.shape[0] != rows or b.shape[1] > rows:
         raise ArgumentError(
-            f"{name} does not fit the matrix", code="argument.basis", expected=f"({rows}, at most {rows})",
+            f"{name} does not fit the matrix",
+            code="argument.basis",
+            expected=f"({rows}, at most {rows})",
             got=str(tuple(b.shape)),
-        )  # fmt: skip
+        )
     wide = b.to(torch.float64)
     off = wide.mT @ wide
     off.diagonal().sub_(1.0)

@@ -27,9 +27,11 @@ def stack(deltas: Sequence[Factors], weights: Sequence[float] | None = None) -> 
         raise ArgumentError("stack needs at least one product", code="argument.deltas")
     if weights is not None and len(weights) != len(deltas):
         raise ArgumentError(
-            "stack needs one weight per product", code="argument.weights", expected=str(len(deltas)),
+            "stack needs one weight per product",
+            code="argument.weights",
+            expected=str(len(deltas)),
             got=str(len(weights)),
-        )  # fmt: skip
+        )
     shapes = {d.shape for d in deltas}
     if len(shapes) != 1:
         raise ArgumentError(

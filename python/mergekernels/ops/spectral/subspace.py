@@ -43,15 +43,26 @@ class Subspace:
 
 @overload
 def subspace(
-    X: Input, k: int | None = ..., energy: float | None = ..., side: Literal["right", "left"] = ...,
-    warm: torch.Tensor | None = ..., accuracy: Literal["energy", "subspace"] = ..., tol: float = ..., seed: int = ...,
-) -> Subspace: ...  # fmt: skip
+    X: Input,
+    k: int | None = ...,
+    energy: float | None = ...,
+    side: Literal["right", "left"] = ...,
+    warm: torch.Tensor | None = ...,
+    accuracy: Literal["energy", "subspace"] = ...,
+    tol: float = ...,
+    seed: int = ...,
+) -> Subspace: ...
 @overload
 def subspace(
-    X: Sequence[Input], k: int | Sequence[int] | None = ..., energy: float | None = ...,
-    side: Literal["right", "left"] = ..., warm: Sequence[torch.Tensor | None] | None = ...,
-    accuracy: Literal["energy", "subspace"] = ..., tol: float = ..., seed: int = ...,
-) -> list[Subspace]: ...  # fmt: skip
+    X: Sequence[Input],
+    k: int | Sequence[int] | None = ...,
+    energy: float | None = ...,
+    side: Literal["right", "left"] = ...,
+    warm: Sequence[torch.Tensor | None] | None = ...,
+    accuracy: Literal["energy", "subspace"] = ...,
+    tol: float = ...,
+    seed: int = ...,
+) -> list[Subspace]: ...
 def subspace(
     X: Input | Sequence[Input],
     k: int | Sequence[int] | None = None,
@@ -89,9 +100,11 @@ def subspace(
     starts: Sequence[Any] = [warm] if single else [None] * len(items) if warm is None else list(warm)
     if len(starts) != len(items):
         raise ArgumentError(
-            "warm must be one basis or None per matrix", code="argument.warm", expected=str(len(items)),
+            "warm must be one basis or None per matrix",
+            code="argument.warm",
+            expected=str(len(items)),
             got=str(len(starts)),
-        )  # fmt: skip
+        )
     tasks = []
     for i, (x, size, start) in enumerate(zip(items, sizes, starts, strict=True)):
         name = "X" if single else f"X[{i}]"

@@ -108,9 +108,11 @@ class FactorTiles:
         (r0, r1), (c0, c1) = rows or (0, self.shape[0]), cols or (0, self.shape[1])
         if not (0 <= r0 <= r1 <= self.shape[0] and 0 <= c0 <= c1 <= self.shape[1]):
             raise ArgumentError(
-                "box outside the matrix", code="argument.box", expected=f"within {self.shape}",
+                "box outside the matrix",
+                code="argument.box",
+                expected=f"within {self.shape}",
                 got=f"rows {r0}:{r1}, columns {c0}:{c1}",
-            )  # fmt: skip
+            )
         return (r0, r1), (c0, c1)
 
     def _columns(self, model: int | None) -> list[torch.Tensor]:
