@@ -94,10 +94,19 @@ def run(batch: Batch, c: torch.Tensor, u: torch.Tensor, v: torch.Tensor, options
         for i in finished.nonzero().flatten().tolist():
             best = int(last[i].argmin())
             outcomes[int(modules[i])] = _outcome(
-                batch, state, i, best, int(which[i, best]), k, bool(done[i, best]),
-                histories[int(modules[i])], finals[int(modules[i])], int(longer[i, best]), safe,
+                batch,
+                state,
+                i,
+                best,
+                int(which[i, best]),
+                k,
+                bool(done[i, best]),
+                histories[int(modules[i])],
+                finals[int(modules[i])],
+                int(longer[i, best]),
+                safe,
                 modules,
-            )  # fmt: skip
+            )
         left = (~finished).nonzero().flatten()
         if len(left) == 0:
             break
@@ -143,12 +152,32 @@ def _watch(batch: Batch, state: State, level: torch.Tensor, done: torch.Tensor, 
 
 
 def _outcome(
-    batch: Batch, state: State, i: int, j: int, start: int, sweeps: int, converged: bool,
-    histories: list[list[float]], finals: list[float], longer: int, safe: torch.Tensor, modules: torch.Tensor,
-) -> Outcome:  # fmt: skip
+    batch: Batch,
+    state: State,
+    i: int,
+    j: int,
+    start: int,
+    sweeps: int,
+    converged: bool,
+    histories: list[list[float]],
+    finals: list[float],
+    longer: int,
+    safe: torch.Tensor,
+    modules: torch.Tensor,
+) -> Outcome:
     theta, growth = _alarm(state, safe[modules.to(safe.device)])
     return Outcome(
-        c=state.c[i, j], u=state.u[i, j], v=state.v[i, j], history=histories[start], sweeps=len(histories[start]),
-        converged=converged, start=start, finals=tuple(finals), theta=float(theta[i, j]), growth=float(growth[i, j]),
-        ridge=float(state.ridge[i, j]), orthogonal=bool(state.orthogonal[i, j]), longer_steps=longer,
-    )  # fmt: skip
+        c=state.c[i, j],
+        u=state.u[i, j],
+        v=state.v[i, j],
+        history=histories[start],
+        sweeps=len(histories[start]),
+        converged=converged,
+        start=start,
+        finals=tuple(finals),
+        theta=float(theta[i, j]),
+        growth=float(growth[i, j]),
+        ridge=float(state.ridge[i, j]),
+        orthogonal=bool(state.orthogonal[i, j]),
+        longer_steps=longer,
+    )

@@ -132,9 +132,12 @@ def _clusters(
     for i, space in enumerate(spaces):
         if k > len(space.own):
             raise ArgumentError(
-                "more clusters than points", code="cluster.k", tensor=f"points[{i}]",
-                expected=f"1 to {len(space.own)}", got=str(k),
-            )  # fmt: skip
+                "more clusters than points",
+                code="cluster.k",
+                tensor=f"points[{i}]",
+                expected=f"1 to {len(space.own)}",
+                got=str(k),
+            )
 
     def best(item: tuple[int, _Gram | _Vectors]) -> Clusters:
         module, space = item
@@ -192,10 +195,15 @@ def _best(
     best = min(range(starts), key=lambda s: (histories[s][-1], s))
     sizes = torch.bincount(labels[best], minlength=k).tolist()
     return Clusters(
-        labels[best], signs[best], histories[best][-1], tuple(histories[best]), tuple(sizes),
-        numbers[best], steps[best],
+        labels[best],
+        signs[best],
+        histories[best][-1],
+        tuple(histories[best]),
+        tuple(sizes),
+        numbers[best],
+        steps[best],
         bool(done[best]),
-    )  # fmt: skip
+    )
 
 
 def _seeds(space: _Gram | _Vectors, k: int, numbers: range, seed: int, module: int, adaptive: bool) -> torch.Tensor:

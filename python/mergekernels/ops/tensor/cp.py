@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ArgumentError, DataError
@@ -13,12 +12,13 @@ from ..spectral.batching import in_single_threads
 from ._als import Options, Outcome, run
 from ._starts import gevd, hosvd, random_start
 from ._sweeps import Batch
+from ._terms import CP, in_terms
 from .stack import Core, cores_of, is_module, stacks_of
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CP", "cp_als", "signed", "signs"]
+__all__ = ["CP", "cp_als"]
 
 _log = logging.getLogger("mergekernels")
 _CHUNK = 256 << 20
@@ -26,30 +26,6 @@ _CHUNK = 256 << 20
 
 _LARGE = 1 << 21
 """Numbers in a core whose products are worth several threads each."""
-
-
-@dataclass(frozen=True)
-class CP:
-    """X[t] ~ sum_k C[t, k] u_k v_k^T. Unpacks as (weights, factors).
-
-    weights : (c,), all one; the scale is in C. factors : [C (T, c), U (m, c), V (n, c)] in the stack's dtype, columns
-    of U and V of norm 1, components by falling sum_t C^2, the largest entry of each u and v positive; U (V) in row
-    shards where B (A) came in shards. fit : 1 - err / ||X||, 1 for a zero stack. history : err / ||X|| after every
-    sweep of the best start, of the tensor that is fitted (weights and `normalize` applied).
-    diagnostics : rank, ranks of the core, compressed, sweeps, converged, last_change, start, starts (final err / ||X||
-    of each), spread of these, task_errors (err_t / ||D_t||, unweighted), theta and growth (degeneracy), ridge,
-    orthogonal, longer_steps, warnings.
-    """
-
-    weights: torch.Tensor
-    factors: list[Any]
-    fit: float
-    history: tuple[float, ...]
-    diagnostics: Mapping[str, Any]
-
-    def __iter__(self) -> Iterator[Any]:
-        yield self.weights
-        yield self.factors
 
 
 def cp_als(
@@ -123,7 +99,7 @@ def cp_als(
     fits = [fit(chunk) for chunk in chunks] if large else in_single_threads(chunks, fit)
     for chunk, outcomes in zip(chunks, fits, strict=True):
         for i, (outcome, used) in zip(chunk, outcomes, strict=True):
-            results[i] = _result(cores[i], scales[i], outcome, rank, used, options)
+            results[i] = in_terms(cores[i], scales[i], outcome, rank, used, options)
     found = [r for r in results if r is not None]
     for i, result in enumerate(found):
         for warning in result.diagnostics["warnings"]:
@@ -145,9 +121,12 @@ def _scales(core: Core, weights: Sequence[float] | None, normalize: str | None, 
         numbers = []
     if len(numbers) != count or not all(0.0 < w < float("inf") for w in numbers):
         raise ArgumentError(
-            "weights are not usable", code="cp.weights", tensor=what, expected=f"{count} positive numbers",
+            "weights are not usable",
+            code="cp.weights",
+            tensor=what,
+            expected=f"{count} positive numbers",
             got=repr(weights),
-        )  # fmt: skip
+        )
     scale = torch.tensor(numbers, dtype=torch.float64).sqrt()
     scale = scale.to(core.norm2.device)
     if normalize == "fro":
@@ -172,15 +151,23 @@ def _chunks(cores: list[Core], rank: int, starts: int) -> Iterator[list[int]]:
 
 
 def _fit(
-    cores: list[Core], scales: list[torch.Tensor], modules: list[int], rank: int, n_starts: int, init: Any,
-    explicit: list[Any] | None, options: Options, seed: int,
-) -> list[tuple[Outcome, int]]:  # fmt: skip
+    cores: list[Core],
+    scales: list[torch.Tensor],
+    modules: list[int],
+    rank: int,
+    n_starts: int,
+    init: Any,
+    explicit: list[Any] | None,
+    options: Options,
+    seed: int,
+) -> list[tuple[Outcome, int]]:
     """The outcome of each core and the rank that was used."""
     import torch
 
     tasks = cores[0].tasks
-    b = _stacked([core.b * tasks.spread(s) if bool((s != 1.0).any()) else core.b
-                  for core, s in zip(cores, scales, strict=True)])  # fmt: skip
+    b = _stacked(
+        [core.b * tasks.spread(s) if bool((s != 1.0).any()) else core.b for core, s in zip(cores, scales, strict=True)]
+    )
     a = _stacked([core.a for core in cores])
     norm2 = torch.stack([(core.norm2 * s * s).sum() for core, s in zip(cores, scales, strict=True)])
     batch = Batch(b, a, tasks, norm2)
@@ -219,25 +206,36 @@ def _given(
     from ..spectral.sharded import Sharded
 
     if not isinstance(init, (list, tuple, CP)) or len(parts := list(init)) != 2:
-        raise ArgumentError("init is not usable", code="cp.init", tensor=what, expected="(weights, [C, U, V])",
-                            got=type(init).__name__)  # fmt: skip
+        raise ArgumentError(
+            "init is not usable", code="cp.init", tensor=what, expected="(weights, [C, U, V])", got=type(init).__name__
+        )
     weight, factors = parts
-    wide = [(x.dense() if isinstance(x, Sharded) else torch.as_tensor(x)).to(core.b.device, torch.float64)
-            for x in factors]  # fmt: skip
-    sizes = (len(core.ranks), *((basis.shape[0] if basis is not None else x.shape[0])
-             for basis, x in ((core.qb, core.b), (core.qa, core.a))))  # fmt: skip
+    wide = [
+        (x.dense() if isinstance(x, Sharded) else torch.as_tensor(x)).to(core.b.device, torch.float64) for x in factors
+    ]
+    sizes = (
+        len(core.ranks),
+        *((basis.shape[0] if basis is not None else x.shape[0]) for basis, x in ((core.qb, core.b), (core.qa, core.a))),
+    )
     if len(wide) != 3 or any(x.ndim != 2 or x.shape != (n, rank) for x, n in zip(wide, sizes, strict=True)):
         raise ArgumentError(
-            "explicit factors do not fit the stack", code="cp.init", tensor=what,
+            "explicit factors do not fit the stack",
+            code="cp.init",
+            tensor=what,
             expected=f"[C, U, V] with {sizes[0]}, {sizes[1]}, {sizes[2]} rows and {rank} columns",
             got=", ".join(str(tuple(x.shape)) for x in wide),
-        )  # fmt: skip
+        )
     c, u, v = wide
     if weight is not None:
         weight = torch.as_tensor(weight).to(c)
         if weight.shape != (rank,):
-            raise ArgumentError("explicit weights do not fit", code="cp.init", tensor=what, expected=f"({rank},)",
-                                got=str(tuple(weight.shape)))  # fmt: skip
+            raise ArgumentError(
+                "explicit weights do not fit",
+                code="cp.init",
+                tensor=what,
+                expected=f"({rank},)",
+                got=str(tuple(weight.shape)),
+            )
         c = c * weight
     if not all(bool(torch.isfinite(x).all()) for x in (c, u, v)):
         raise DataError("explicit factors hold NaN or Inf", code="data.nonfinite", tensor=what)
@@ -254,101 +252,16 @@ def _given(
 def _zero(batch: Batch, rank: int) -> Outcome:
     zeros = batch.b.new_zeros
     return Outcome(
-        zeros((len(batch.tasks), rank)), zeros((batch.b.shape[1], rank)), zeros((batch.a.shape[1], rank)),
-        [0.0], 0, True, 0, (0.0,), 0.0, 0.0, 0.0, False,
-    )  # fmt: skip
-
-
-def _result(core: Core, scale: torch.Tensor, o: Outcome, asked: int, used: int, options: Options) -> CP:
-    """The outcome in canonical form and in the stack's own coordinates."""
-    import torch
-
-    c = o.c / scale[:, None]
-    order = (c * c).sum(0).argsort(descending=True, stable=True)
-    c, u, v = c[:, order], o.u[:, order], o.v[:, order]
-    if not bool(torch.isfinite(c).all() & torch.isfinite(u).all() & torch.isfinite(v).all()):
-        raise DataError("the factorisation broke down", code="cp.breakdown", hint="A larger prox, or ridge, helps.")
-    errors = _task_errors(core, c, u, v)
-    c = _in_range(c * core.scale, core.dtype)
-    full = core.expand(u, v)
-    turns = [signs(x) for x in full]
-    full = [signed(x, turn) for x, turn in zip(full, turns, strict=True)]
-    c = c * turns[0] * turns[1]
-    last = abs(o.history[-2] - o.history[-1]) if len(o.history) > 1 else 0.0
-    warnings = list(o.notes)
-    if asked > used:
-        warnings.append(f"rank {asked} is more than the {used} that the stack holds: {used} are used, an exact model")
-    if not o.converged:
-        warnings.append(
-            f"no convergence in {options.max_iter} sweeps: err / ||X|| is {o.history[-1]:.6g} and changed by {last:.2g}"
-            f" in the last, tol is {options.tol:g}"
-        )
-    if o.theta < -0.95 and o.growth > 5.0:
-        warnings.append(
-            f"degenerate: two terms nearly cancel (cosine {o.theta:.3f}) and the terms are {o.growth:.1f} times as "
-            "large as the stack; a smaller rank, or ridge, helps"
-        )
-    finals = [x for x in o.finals if x == x]
-    diagnostics = {
-        "rank": used,
-        "core": (int(core.b.shape[0]), int(core.a.shape[0])),
-        "compressed": (core.qb is not None, core.qa is not None),
-        "sweeps": o.sweeps,
-        "converged": o.converged,
-        "last_change": last,
-        "start": o.start,
-        "starts": o.finals,
-        "spread": max(finals) - min(finals) if finals else 0.0,
-        "task_errors": errors,
-        "theta": o.theta,
-        "growth": o.growth,
-        "ridge": o.ridge,
-        "orthogonal": o.orthogonal,
-        "longer_steps": o.longer_steps,
-        "warnings": tuple(warnings),
-    }
-    factors = [c.to(core.dtype), *full]
-    return CP(torch.ones(used, dtype=core.dtype), factors, 1.0 - o.history[-1], tuple(o.history), diagnostics)
-
-
-def _in_range(c: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """C, which holds the scale, if `dtype` can hold it."""
-    import torch
-
-    largest, info = float(c.abs().max()) if c.numel() else 0.0, torch.finfo(dtype)
-    if largest > info.max or 0.0 < largest < info.tiny:
-        raise DataError(
-            f"the terms leave the range of {str(dtype).removeprefix('torch.')}", code="cp.range",
-            expected=f"a largest coefficient between {info.tiny:.3g} and {info.max:.3g}", got=f"{largest:.3g}",
-            hint="Scale the factors, or pass float64.",
-        )  # fmt: skip
-    return c
-
-
-def _task_errors(core: Core, c: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> tuple[float, ...]:
-    """err_t / ||D_t|| of every task, 0 for a zero task that is fitted by zero."""
-    products = core.tasks.total((core.b.mT @ u) * (core.a.mT @ v))
-    grams = (u.mT @ u) * (v.mT @ v)
-    errors = core.norm2 + ((c @ grams) * c).sum(1) - 2.0 * (products * c).sum(1)
-    found = []
-    for error, norm2 in zip(errors.clamp_min(0.0).tolist(), core.norm2.tolist(), strict=True):
-        found.append((error / norm2) ** 0.5 if norm2 > 0 else 0.0 if error == 0.0 else float("inf"))
-    return tuple(found)
-
-
-def signs(x: Any) -> torch.Tensor:
-    """-1 for each column whose entry of largest magnitude is negative, else 1; float64."""
-    import torch
-
-    whole = x.dense() if hasattr(x, "parts") else x
-    rows = whole.abs().argmax(0)
-    return torch.where(whole.gather(0, rows[None])[0] < 0, -1.0, 1.0).to(torch.float64)
-
-
-def signed(x: Any, sign: torch.Tensor) -> Any:
-    """Each column times its sign; shards stay shards."""
-    from ..spectral.sharded import Sharded
-
-    if isinstance(x, Sharded):
-        return Sharded([p * sign.to(p) for p in x.parts], x.dim)
-    return x * sign.to(x)
+        zeros((len(batch.tasks), rank)),
+        zeros((batch.b.shape[1], rank)),
+        zeros((batch.a.shape[1], rank)),
+        [0.0],
+        0,
+        True,
+        0,
+        (0.0,),
+        0.0,
+        0.0,
+        0.0,
+        False,
+    )

@@ -38,9 +38,11 @@ def mttkrp(stack: Any, factors: Any, mode: int) -> Any:
     stacks = stacks_of(stack)
     if len(factors) != len(stacks):
         raise ArgumentError(
-            "factors do not fit the stacks", code="mttkrp.factors", expected=f"{len(stacks)} lists of three",
+            "factors do not fit the stacks",
+            code="mttkrp.factors",
+            expected=f"{len(stacks)} lists of three",
             got=str(len(factors)),
-        )  # fmt: skip
+        )
     return [_one(s, f, mode) for s, f in zip(stacks, factors, strict=True)]
 
 
@@ -58,16 +60,22 @@ def _one(stack: Stack, factors: Any, mode: int) -> torch.Tensor:
         x = x.dense() if isinstance(x, Sharded) else x
         if not isinstance(x, torch.Tensor) or x.ndim != 2 or x.shape[0] != size:
             raise ArgumentError(
-                f"factor {name} does not fit the stack", code="mttkrp.factors", expected=f"a matrix of {size} rows",
+                f"factor {name} does not fit the stack",
+                code="mttkrp.factors",
+                expected=f"a matrix of {size} rows",
                 got=str(tuple(x.shape)) if isinstance(x, torch.Tensor) else type(x).__name__,
-            )  # fmt: skip
+            )
         if not bool(torch.isfinite(x).all()):
             raise DataError(f"factor {name} holds NaN or Inf", code="data.nonfinite", tensor=name)
         wide.append(x.to(stack.b.device, torch.float64))
     widths = {x.shape[1] for x in wide if x is not None}
     if len(widths) > 1:
-        raise ArgumentError("the factors differ in columns", code="mttkrp.factors", expected="equal columns",
-                            got=", ".join(map(str, sorted(widths))))  # fmt: skip
+        raise ArgumentError(
+            "the factors differ in columns",
+            code="mttkrp.factors",
+            expected="equal columns",
+            got=", ".join(map(str, sorted(widths))),
+        )
     if isinstance(stack.b, torch.Tensor) and isinstance(stack.at, torch.Tensor) and kernels.serves(stack.b):
         return _on_gpu(stack.b, stack.at, stack.ranks, wide, mode)
     members = Tasks(stack.ranks)

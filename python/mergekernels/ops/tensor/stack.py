@@ -77,9 +77,11 @@ def is_module(x: Any) -> bool:
         return True
     if not isinstance(x, (list, tuple)) or not x:
         raise ArgumentError(
-            "this is not a stack", code="stack.type", got=type(x).__name__,
+            "this is not a stack",
+            code="stack.type",
+            got=type(x).__name__,
             expected="a list of (B, A) pairs or of matrices, a tensor (T, m, n), or a list of these",
-        )  # fmt: skip
+        )
     first = x[0]
     if isinstance(first, (Factors, Sharded)) or (isinstance(first, torch.Tensor) and first.ndim != 3):
         return True
@@ -88,9 +90,11 @@ def is_module(x: Any) -> bool:
     shapes = [tuple(y.shape) if hasattr(y, "shape") else None for y in first]
     if isinstance(first, list) and len(shapes[0] or ()) == 2 and shapes[0] == shapes[1]:
         raise ArgumentError(
-            "a list of two matrices of equal shape can be a pair of factors or two updates", code="stack.ambiguous",
-            expected="tuples (B, A), or updates as one tensor (T, m, n)", got=str(shapes[0]),
-        )  # fmt: skip
+            "a list of two matrices of equal shape can be a pair of factors or two updates",
+            code="stack.ambiguous",
+            expected="tuples (B, A), or updates as one tensor (T, m, n)",
+            got=str(shapes[0]),
+        )
     return all(len(shape or ()) == 2 for shape in shapes)
 
 
@@ -119,23 +123,32 @@ def stack_of(pairs: Sequence[Any], what: str) -> Stack:
         b, a = check_matrix(b, f"B of {what}[{t}]"), check_matrix(a, f"A of {what}[{t}]")
         if b.shape[1] != a.shape[0]:
             raise ArgumentError(
-                "B and A do not fit together", code="stack.rank", tensor=f"{what}[{t}]",
-                expected=f"A with {b.shape[1]} rows, as many as B has columns", got=str(a.shape[0]),
-            )  # fmt: skip
+                "B and A do not fit together",
+                code="stack.rank",
+                tensor=f"{what}[{t}]",
+                expected=f"A with {b.shape[1]} rows, as many as B has columns",
+                got=str(a.shape[0]),
+            )
         if (isinstance(b, Sharded) and b.dim != 0) or (isinstance(a, Sharded) and a.dim != 1):
             raise ArgumentError(
-                "these shards cut the ranks", code="stack.shards", tensor=f"{what}[{t}]",
-                expected="B in row shards (dim 0), A in column shards (dim 1)", got="the other cut",
-            )  # fmt: skip
+                "these shards cut the ranks",
+                code="stack.shards",
+                tensor=f"{what}[{t}]",
+                expected="B in row shards (dim 0), A in column shards (dim 1)",
+                got="the other cut",
+            )
         bs.append(b)
         ats.append(a.mT)
     for name, found in (("B", bs), ("A", ats)):
         sizes = {x.shape[0] for x in found}
         if len(sizes) > 1:
             raise ArgumentError(
-                f"the {name} of a stack differ in size", code="stack.shape", tensor=what, expected="equal sizes",
+                f"the {name} of a stack differ in size",
+                code="stack.shape",
+                tensor=what,
+                expected="equal sizes",
                 got=", ".join(map(str, sorted(sizes))),
-            )  # fmt: skip
+            )
     wide = any(x.dtype == torch.float64 for x in [*bs, *ats])
     dtype = torch.float64 if wide else torch.float32
     return Stack(_beside(bs, dtype, what), _beside(ats, dtype, what), tuple(int(b.shape[1]) for b in bs), dtype)
@@ -155,9 +168,12 @@ def _pair(update: Any, what: str) -> tuple[Any, Any]:
     if isinstance(update, (list, tuple)) and len(update) == 2:
         return update[0], update[1]
     raise ArgumentError(
-        "this is not an update", code="stack.update", tensor=what, expected="(B, A), Factors, or a matrix (m, n)",
+        "this is not an update",
+        code="stack.update",
+        tensor=what,
+        expected="(B, A), Factors, or a matrix (m, n)",
         got=f"{type(update).__name__} {tuple(update.shape)}" if hasattr(update, "shape") else type(update).__name__,
-    )  # fmt: skip
+    )
 
 
 def _beside(columns: list[Matrix], dtype: torch.dtype, what: str) -> Matrix:
@@ -172,9 +188,12 @@ def _beside(columns: list[Matrix], dtype: torch.dtype, what: str) -> Matrix:
         if isinstance(x, Sharded):
             if x.sizes != cut.sizes:
                 raise ArgumentError(
-                    "the shards of a stack are cut differently", code="stack.cuts", tensor=what,
-                    expected=str(cut.sizes), got=str(x.sizes),
-                )  # fmt: skip
+                    "the shards of a stack are cut differently",
+                    code="stack.cuts",
+                    tensor=what,
+                    expected=str(cut.sizes),
+                    got=str(x.sizes),
+                )
             parts.append(list(x.parts))
         else:
             parts.append(list(x.split(cut.sizes, 0)))  # type: ignore[no-untyped-call]
@@ -209,9 +228,16 @@ def _core(stack: Stack, left: Any, right: Any) -> Core:
     norm2 = (b * tasks.within(b, a)).sum(0)  # of each column: sum_j <b_i, b_j> <a_i, a_j> over the task
     cuts = stack.b if isinstance(stack.b, Sharded) else None, stack.at if isinstance(stack.at, Sharded) else None
     return Core(
-        b, a, 2.0**top, None if left is None else left.q, None if right is None else right.q, cuts, tasks,
-        tasks.total(norm2[:, None])[:, 0].clamp_min(0.0), stack.dtype,
-    )  # fmt: skip
+        b,
+        a,
+        2.0**top,
+        None if left is None else left.q,
+        None if right is None else right.q,
+        cuts,
+        tasks,
+        tasks.total(norm2[:, None])[:, 0].clamp_min(0.0),
+        stack.dtype,
+    )
 
 
 def _powers(x: torch.Tensor, tasks: Tasks) -> torch.Tensor:

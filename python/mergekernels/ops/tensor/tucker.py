@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import ArgumentError
 from ..arguments import check_integer
 from ..spectral.batching import in_single_threads, in_threads
-from .cp import signed, signs
+from ._terms import signed, signs
 from .stack import Core, cores_of, is_module, stacks_of
 
 if TYPE_CHECKING:
@@ -94,9 +94,11 @@ def _check_size(p: Any, name: str) -> int | float:
     if isinstance(p, int) and not isinstance(p, bool) and p >= 1:
         return p
     raise ArgumentError(
-        f"{name} is not usable", code=f"tucker.{name}", expected="an integer of at least 1, or a share in (0, 1)",
+        f"{name} is not usable",
+        code=f"tucker.{name}",
+        expected="an integer of at least 1, or a share in (0, 1)",
         got=repr(p),
-    )  # fmt: skip
+    )
 
 
 def _weights(core: Core, weights: Any, i: int) -> torch.Tensor:
@@ -106,9 +108,12 @@ def _weights(core: Core, weights: Any, i: int) -> torch.Tensor:
     values = [1.0] * count if weights is None else [float(w) for w in weights]
     if len(values) != count or not all(0.0 <= w < float("inf") for w in values):
         raise ArgumentError(
-            "weights are not usable", code="tucker.weights", tensor=f"stack[{i}]",
-            expected=f"{count} non-negative numbers", got=repr(weights),
-        )  # fmt: skip
+            "weights are not usable",
+            code="tucker.weights",
+            tensor=f"stack[{i}]",
+            expected=f"{count} non-negative numbers",
+            got=repr(weights),
+        )
     return torch.tensor(values, dtype=torch.float64, device=core.b.device)
 
 
