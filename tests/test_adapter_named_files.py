@@ -242,6 +242,24 @@ def test_written_and_read_back(tmp_path: Path) -> None:
     assert read_adapter(file).modules["lora_unet_down_0_to_q"].dtype == "BF16"
 
 
+def test_components_of_diffusers_get_their_names_in_a_kohya_file(tmp_path: Path) -> None:
+    """Loaders look for lora_unet_down_blocks_..., and ignore lora_unet_unet_down_blocks_... without a word."""
+    modules = {
+        f"unet.{UNET}": "lora_unet_down_blocks_0_attentions_1_to_q",
+        f"text_encoder.{TE}": "lora_te_text_model_encoder_layers_3_self_attn_q_proj",
+        "transformer.transformer_blocks.0.attn.to_q": "lora_transformer_transformer_blocks_0_attn_to_q",
+        "transformer.h.0.self_attention.dense": "lora_unet_transformer_h_0_self_attention_dense",
+        "model.layers.0.q_proj": "lora_unet_model_layers_0_q_proj",
+    }
+    write_kohya(tmp_path / "one.safetensors", {Site(m, "linear", (8, 6)): Factors(B, A) for m in modules})
+    found = {n.partition(".")[0] for n in load_file(tmp_path / "one.safetensors")}
+    assert found == set(modules.values())
+    two = [f"text_encoder.{TE}", f"text_encoder_2.{TE}"]
+    write_kohya(tmp_path / "two.safetensors", {Site(m, "linear", (8, 6)): Factors(B, A) for m in two})
+    found = {n.partition(".")[0] for n in load_file(tmp_path / "two.safetensors")}
+    assert found == {f"lora_te{i}_text_model_encoder_layers_3_self_attn_q_proj" for i in (1, 2)}
+
+
 def test_what_a_kohya_file_cannot_hold(tmp_path: Path) -> None:
     factors = Factors(draw(8, 2), draw(2, 6))
     with pytest.raises(ArgumentError, match="kind embedding"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,15 @@ from ...tensors import F32, DType, dtype_of
 from .factors import Pair
 from .folder import Planned, write_file, write_tensors
 from .mangled import is_mangled
+from .named import component
 from .write_peft import check_factors, metadata_strings
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["kohya_names", "write_kohya"]
+
+_PIPELINE = re.compile(r"(?:transformer|prior)\w*\.(?:\w*transformer_blocks|down_blocks|mid_block|up_blocks)\.")
 
 
 def write_kohya(
@@ -39,7 +43,9 @@ def write_kohya(
     file : must not be there unless `overwrite`.
     modules : site -> factors, every scale inside b; linear layers and convolutions, ranks may differ, none may be 0.
     names : module path -> its name in the file, as `kohya_names` takes them from an input. Other modules keep a name
-        that is in kohya's spelling already, and get `prefix`, "_" and their path with underscores otherwise.
+        that is in kohya's spelling already; "unet.", "text_encoder." and other components of diffusers become
+        "lora_unet_", "lora_te_" ("lora_te1_" beside "lora_te2_"); the rest get `prefix`, "_" and their path with
+        underscores.
     base_name : version of the base as kohya's scripts name it ("sdxl_base_v1-0"), "" for none.
     dtype : of the factors in the file, "F32", "BF16", "F16" or "F64" (or torch's name); alphas are float32.
     metadata : provenance for the safetensors metadata, as for `write_peft`.
@@ -81,6 +87,7 @@ def kohya_names(adapter: Adapter) -> dict[str, str]:
 def _keys(modules: Mapping[Site, Factors], names: Mapping[str, str], prefix: str, dtype: DType) -> dict[str, Planned]:
     tensors: dict[str, Planned] = {}
     owners: dict[str, str] = {}
+    parts = {component(site.module) for site in modules}
     for site, factors in modules.items():
         if site.kind not in ("linear", "conv"):
             raise ArgumentError(
@@ -89,8 +96,7 @@ def _keys(modules: Mapping[Site, Factors], names: Mapping[str, str], prefix: str
                 tensor=site.module,
                 hint="Write a PEFT folder",
             )
-        mangled = site.module if is_mangled(site.module) else f"{prefix}_{site.module.replace('.', '_')}"
-        name = names.get(site.module, mangled)
+        name = names.get(site.module) or _mangled(site.module, prefix, parts)
         other = owners.setdefault(name, site.module)
         if other != site.module:
             message = f"two modules would be called '{name}' in the file; the other is '{other}'"
@@ -101,6 +107,18 @@ def _keys(modules: Mapping[Site, Factors], names: Mapping[str, str], prefix: str
         tensors[f"{name}.lora_up.weight"] = dtype, (site.weight_shape[0], rank, *ones), _give(factors.b)
         tensors[f"{name}.alpha"] = F32, (), _number(rank)
     return tensors
+
+
+def _mangled(module: str, prefix: str, parts: Collection[str]) -> str:
+    """The name of a module that has none yet. parts : components that the modules of the file belong to."""
+    if is_mangled(module):
+        return module
+    part = component(module)
+    if not part or (part in ("transformer", "prior") and not _PIPELINE.match(module)):
+        return f"{prefix}_{module.replace('.', '_')}"  # of one model, whose first module may be called "transformer"
+    first = {"unet": "unet", "diffusion_model": "unet"}.get(part, part.replace("text_encoder", "te").replace("_", ""))
+    first = "te1" if first == "te" and any(other.startswith("text_encoder_") for other in parts) else first
+    return f"lora_{first}_{module.removeprefix(f'{part}.').replace('.', '_')}"
 
 
 def _give(tensor: torch.Tensor) -> Any:
