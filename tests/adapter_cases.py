@@ -17,6 +17,15 @@ def site(module: str, m: int = 24, n: int = 16, kind: str = "linear") -> Site:
     return Site(module, kind, shape)  # type: ignore[arg-type]
 
 
+SITES = [
+    site("layers.0.q", 40, 28),
+    site("layers.0.c", 28, 36, "fan_in_fan_out"),
+    site("embed", 12, 50, "embedding"),
+    site("conv", 16, 24, "conv"),
+]
+"""One of each kind."""
+
+
 def module(
     at: Site,
     rank: int,

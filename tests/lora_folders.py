@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from engine_cases import family
+
 MODULES = ("model.layers.0.mlp", "model.layers.1.mlp")
 SHAPES = {"model.layers.0.mlp": (130, 257), "model.layers.1.mlp": (320, 500), "model.embed_tokens": (600, 64)}
 
@@ -51,6 +53,14 @@ def save_adapter(
     if extras:
         fields["modules_to_save"] = sorted({n.rpartition(".")[0] for n in extras})
     (folder / "adapter_config.json").write_text(json.dumps(fields | config))
+    return folder
+
+
+def save_family(folder: Path) -> Path:
+    """The float32 checkpoints of `engine_cases`, lora1 on two modules, lora2 of another rank on three."""
+    family(folder, dtype=torch.float32)
+    save_adapter(folder / "lora1", seed=1)
+    save_adapter(folder / "lora2", seed=2, rank=7, alpha=3.5, modules=(*MODULES, "model.embed_tokens"))
     return folder
 
 

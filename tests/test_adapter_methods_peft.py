@@ -10,18 +10,12 @@ import torch
 
 import mergekernels as mk
 import peft_reference as reference
-from adapter_cases import adapter, adapters, best, dense, error, module, product, site, weighted
+from adapter_cases import SITES, adapter, adapters, best, dense, error, module, product, site, weighted
 from brute_methods import words
 from mergekernels.errors import ArgumentError, PlanError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SITES = [
-    site("layers.0.q", 40, 28),
-    site("layers.0.c", 28, 36, "fan_in_fan_out"),
-    site("embed", 12, 50, "embedding"),
-    site("conv", 16, 24, "conv"),
-]
 WEIGHTS = [1.0, -0.75, 2.0, 0.4]
 ALPHA = {"alpha": 6.0}
 

@@ -22,11 +22,7 @@ MLPS = ("model.layers.0.mlp.weight", "model.layers.1.mlp.weight")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("family")
-    cases.family(path, dtype=torch.float32)
-    adapters.save_adapter(path / "lora1", seed=1)
-    adapters.save_adapter(path / "lora2", seed=2, rank=7, alpha=3.5, modules=(*adapters.MODULES, "model.embed_tokens"))
-    return path
+    return adapters.save_family(tmp_path_factory.mktemp("family"))
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:

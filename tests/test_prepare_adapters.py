@@ -6,17 +6,11 @@ import pytest
 import torch
 
 import mergekernels as mk
-from adapter_cases import adapter, adapters, best, error, module, product, site, weighted
+from adapter_cases import SITES, adapter, adapters, best, error, module, product, weighted
 from mergekernels.errors import ArgumentError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SITES = [
-    site("layers.0.q", 40, 28),
-    site("layers.0.c", 28, 36, "fan_in_fan_out"),
-    site("embed", 12, 50, "embedding"),
-    site("conv", 16, 24, "conv"),
-]
 VECTORS = [[1.0, 1.0, 1.0], [0.5, -2.0, 0.0], [0.0, 0.0, 3.0], [-1.0, 1e-3, 7.0]]
 
 
