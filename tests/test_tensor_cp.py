@@ -102,8 +102,10 @@ def test_result_follows_rotations_and_ignores_how_products_are_factored() -> Non
     stack = random_stack((3, 3, 4), 20, 15)
     q, _ = torch.linalg.qr(random_stack((20,), 20, 5)[0][0])
     p, _ = torch.linalg.qr(random_stack((15,), 15, 5)[0][0])
-    g = [torch.randn(b.shape[1], b.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(t))
-         for t, (b, _) in enumerate(stack)]  # fmt: skip
+    g = [
+        torch.randn(b.shape[1], b.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(t))
+        for t, (b, _) in enumerate(stack)
+    ]
     other = [(q @ b @ x, torch.linalg.solve(x, a) @ p.T) for (b, a), x in zip(stack, g, strict=True)]
     options: dict[str, Any] = {"init": "hosvd", "n_starts": 1, "max_iter": 40, "tol": 0.0}
     want = model(cp_als(stack, 3, **options).factors)

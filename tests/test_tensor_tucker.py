@@ -84,8 +84,11 @@ def test_zero_tasks_and_bad_input() -> None:
     assert tucker([empty, empty], 2).error == 0.0
     stack = random_stack((3, 4), 20, 15)
     for p, options, words in (
-        (0, {}, "p is not usable"), (1.5, {}, "p is not usable"), (True, {}, "p is not usable"),
-        (2, {"weights": [1.0]}, "weights are not usable"), (2, {"weights": [1.0, -1.0]}, "weights are not usable"),
-    ):  # fmt: skip
+        (0, {}, "p is not usable"),
+        (1.5, {}, "p is not usable"),
+        (True, {}, "p is not usable"),
+        (2, {"weights": [1.0]}, "weights are not usable"),
+        (2, {"weights": [1.0, -1.0]}, "weights are not usable"),
+    ):
         with pytest.raises(MergeError, match=words):
             tucker(stack, p, **options)  # type: ignore[arg-type]
