@@ -155,7 +155,7 @@ def test_cluster(versus: Any, side: int, request: pytest.FixtureRequest, related
     """k-means of the rank units of 8 adapters, beside scikit-learn on the raw vectors, 10 starts on both sides."""
     from sklearn.cluster import KMeans
 
-    modules = 4 if request.config.getoption("--quick") else 64
+    modules = 4 if request.config.getoption("--quick") else 16
     units = []
     for seed in range(modules):
         stack = related(side, seed) if related_units else related(side, seed, rank=2 * RANK)
