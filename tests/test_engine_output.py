@@ -224,3 +224,29 @@ def test_the_base_of_the_hub_cache_has_its_revision(
     run(tmp_path / "r.yml", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/name", "v1")
+
+
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [
+        ("tsv_m", {}),
+        ("iso_c", {}),
+        ("iso_cts", {"common_space_fraction": 0.5}),
+        ("star", {}),
+        ("low_rank", {"rank": 3}),
+        ("knots", {"inner": "ties"}),
+        ("core_space", {"inner": "ties"}),
+    ],
+)
+def test_methods_over_matrices_can_be_modified(
+    root: Path, tmp_path: Path, method: str, params: dict[str, object]
+) -> None:
+    """lines: 0.2 in the first block and outside the blocks, 1 in the last."""
+    top = {"parameters": params, "output": {"kind": "adapter", "rank": 11}}
+    run(recipe(root, method, both(root), **top), tmp_path / "plain")
+    run(recipe(root, method, both(root), **top, then=[{"lines": {"alpha": 0.2}}]), tmp_path / "scaled")
+    plain, scaled = products(tmp_path / "plain"), products(tmp_path / "scaled")
+    assert set(plain) == {*MLPS, "model.embed_tokens"} == set(scaled)
+    for module, product in plain.items():
+        wanted = product * (1.0 if module == MLPS[1] else 0.2)
+        assert float((scaled[module] - wanted).norm()) <= 1e-5 * float(wanted.norm()), module

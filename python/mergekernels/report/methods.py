@@ -130,7 +130,9 @@ def companions(info: MethodInfo) -> str:
 
 def modifiers(info: MethodInfo) -> str:
     """Whether modifiers apply."""
-    return "modifiers (lines) apply" if info.modifiable else "no modifiers: the result is no base with a task vector"
+    if not info.modifiable:
+        return "no modifiers: the result is no base with a task vector"
+    return "modifiers (lines, with alpha given) apply in recipes" if info.tier == "T2" else "modifiers (lines) apply"
 
 
 def parameter_facts(param: Param) -> tuple[str, str]:

@@ -80,6 +80,7 @@ class CoreSpace(PerMatrix):
             *inner_params(ELEMENTWISE),
         ),
         base="required",
+        modifiable=True,
         passes="2 QR decompositions of the stacked factors per module, the inner method on T matrices of the sum of "
         "ranks squared, 1 write; task_arithmetic without flatten decomposes nothing",
         source="Panariello et al. 2025, Accurate and efficient low-rank model merging in core space; "

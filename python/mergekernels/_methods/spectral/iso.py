@@ -46,6 +46,7 @@ class IsoC(PerMatrix):
         "side; polar(S) = U V^T on the support of S. Tensors that are no matrices: the mean, not the sum",
         params=(WEIGHT, LAMBDA, MEAN_OVER, EXCLUDE, CONV, EXPERTS, RANK_TOL),
         base="required",
+        modifiable=True,
         max_models=MANY,
         tier="T2",
         passes="1 read of the models and the base, 1 write; one polar factor; adapters: none of their matrices is "
@@ -119,6 +120,7 @@ class IsoCts(PerMatrix):
             RANK_TOL,
         ),
         base="required",
+        modifiable=True,
         max_models=MANY,
         tier="T2",
         passes="1 read of the models and the base, 1 write; one decomposition of the sum, one dominant subspace per "

@@ -73,6 +73,7 @@ class Knots:
             *inner_params(_ELEMENTWISE),
         ),
         base="required",
+        modifiable=True,
         passes="factors: per pass a QR decomposition of the stacked B and of each A and one SVD of the size of the sum "
         "of ranks; ties 3 to 5 passes over all modules, dare_ties 2, the others 1; dense: a Gram of the smaller side",
         source="Stoica et al. 2024, Model merging with SVD to tie the knots, arXiv 2410.19735; gstoica27/KnOTS "

@@ -35,6 +35,7 @@ class LowRankSum(PerMatrix):
             EXPERTS,
         ),
         base="required",
+        modifiable=True,
         max_models=MANY,
         tier="T2",
         passes="1 read of the models and the base, 1 write; one dominant subspace per task",

@@ -58,6 +58,7 @@ class Star(PerMatrix):
             RANK_TOL,
         ),
         base="required",
+        modifiable=True,
         max_models=MANY,
         tier="T2",
         passes="1 read of the models and the base, 1 write; one symmetric decomposition per task; adapters: in "

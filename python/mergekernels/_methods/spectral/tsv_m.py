@@ -45,6 +45,7 @@ class TsvM(PerMatrix):
         "Tensors that are no matrices: mean",
         params=(WEIGHT, LAMBDA, DIMS, COUNT_ZERO, EXCLUDE, CONV, EXPERTS, RANK_TOL),
         base="required",
+        modifiable=True,
         max_models=MANY,
         tier="T2",
         passes="1 read of the models and the base, 1 write; one dominant subspace per task and two polar factors, no "
@@ -60,7 +61,6 @@ class TsvM(PerMatrix):
             "more tasks than the smaller side is an error; the authors' result is then zero",
         ),
         takes=("models", "adapters"),
-        modifiable=False,
     )
 
     def fits(self, spec: MatrixSpec) -> list[str]:
