@@ -174,7 +174,8 @@ def test_refused_with_lines(root: Path, tmp_path: Path) -> None:
     assert "needs a base_model" in problem("linear", "{kind: adapter, rank: 4}", base=False)
     full = f"[{{model: {root}/base+{root}/lora1}}, {{model: {root}/tuned1}}]"
     assert "every model must be base+adapter" in problem("cat", "{kind: adapter, rank: 4}", full)
-    assert "no merge method 'cat'" in problem("cat", "{kind: checkpoint}")
+    assert "cat merges adapters to an adapter; expected output: {kind: adapter" in problem("cat", "{kind: checkpoint}")
+    assert "no merge method 'cta'" in problem("cta", "{kind: checkpoint}")
     assert "looks at the models themselves" in problem("arcee_fusion", "{kind: adapter, rank: 4}").replace(
         "has no parameter 'weight'", "looks at the models themselves"
     )

@@ -193,6 +193,15 @@ class _Resolution:
         )
         if not schema.merge_method:
             return None
+        if schema.merge_method not in known and schema.merge_method in matrix_names("adapters"):
+            error = self.document.error(
+                ("merge_method",),
+                f"{schema.merge_method} merges adapters to an adapter",
+                code="recipe.method",
+                expected="output: {kind: adapter, rank: 16} for example, or a method of models",
+            )
+            self.problems.append(error)
+            return None
         if schema.merge_method not in known:
             hint = nearest(schema.merge_method, known)
             error = self.document.error(
