@@ -246,9 +246,9 @@ def test_tilings_cover_every_element_once() -> None:
 def test_the_published_statistics_and_recomputing(
     root: Path, tmp_path: Path, probe: rounds.Probe, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    from mergekernels.engine import recompute
+    from mergekernels.engine import fileinputs
 
-    monkeypatch.setattr(recompute, "_CHUNK", 5000)  # no multiple of a block or a row
+    monkeypatch.setattr(fileinputs, "_CHUNK", 5000)  # no multiple of a block or a row
     models = models_for(kind)
     path = rounds.recipe(root, "probe", "again", models=models, parameters={"kind": kind})
     cases.run_of(path, tmp_path / "out", backend=rounds.backend(rounds.FEATURES[kind]))

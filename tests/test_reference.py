@@ -204,7 +204,7 @@ def test_cuts_change_nothing(kind: str) -> None:
 
 def test_the_cases_have_every_feature() -> None:
     found = frozenset().union(*(case.needs for group in (program_cases(), sweep_cases()) for case in group))
-    assert found | {"gram", "reduce", "divergence", "mark", "seg_dot", "concrete"} == reference.FEATURES
+    assert found | {"gram", "reduce", "reduce:kept", "divergence", "mark", "seg_dot", "concrete"} == reference.FEATURES
 
 
 def test_keys_of_scalars() -> None:

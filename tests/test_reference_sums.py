@@ -61,6 +61,8 @@ def brute_keys(case: SweepCase, model: int) -> list[int]:
                 number = scalar.variance(deltas)
             elif request.key == "balance":
                 number = scalar.balance(request.balance[model], number, scalar.total(deltas))[1]
+            elif request.key == "drawn":
+                number = number if philox(request.seed, case.tensor, 16 * model, g[i]) < request.draws[model] else f(0)
             elif request.rows is not None:
                 number = abs(number) * f(request.rows.values[g[i] // request.rows.length])
             found.append(key(number))
