@@ -58,23 +58,24 @@ def run(batch: Batch, c: torch.Tensor, u: torch.Tensor, v: torch.Tensor, options
     size = batch.norm2.sqrt()
     safe = torch.where(size > 0, size, torch.ones_like(size))
     state = State.start(batch, c, u, v, options.ridge)
-    which = torch.arange(starts).expand(count, starts)  # the numbers of the starts that are left
-    modules = torch.arange(count)
+    device = u.device
+    which = torch.arange(starts, device=device).expand(count, starts)  # the numbers of the starts that are left
+    modules = torch.arange(count, device=device)
     histories: list[list[list[float]]] = [[[] for _ in range(starts)] for _ in range(count)]
     finals = [[float("nan")] * starts for _ in range(count)]
     outcomes: list[Outcome | None] = [None] * count
-    last = torch.full((count, starts), float("inf"), dtype=torch.float64, device=u.device)
-    done = torch.zeros((count, starts), dtype=torch.bool, device=u.device)
-    longer = torch.zeros((count, starts), dtype=torch.int64)
-    level = torch.zeros((count, starts), dtype=torch.int64)
+    last = torch.full((count, starts), float("inf"), dtype=torch.float64, device=device)
+    done = torch.zeros((count, starts), dtype=torch.bool, device=device)
+    longer = torch.zeros((count, starts), dtype=torch.int64, device=device)
+    level = torch.zeros_like(longer)
     for k in range(1, options.max_iter + 1):
         before = state
         after, error = sweep(batch, state, options.prox)
         if options.search and k > 2:
             longest, found = extrapolate(batch, before, after, error)
-            longer += ((found < error) & ~done).cpu().long()
+            longer += ((found < error) & ~done).long()
             after, error = normalised(longest), found
-        relative = error.clamp_min(0.0).sqrt() / safe[modules.to(safe.device)][:, None]
+        relative = error.clamp_min(0.0).sqrt() / safe[modules][:, None]
         relative = relative.nan_to_num(nan=float("inf"))  # a start that broke down loses to all others
         state = after.where(~done, before)
         relative = torch.where(done, last, relative)
@@ -89,7 +90,7 @@ def run(batch: Batch, c: torch.Tensor, u: torch.Tensor, v: torch.Tensor, options
                 finals[module][start] = value
         last = relative
         if k % WATCH_EVERY == 0:
-            done = _watch(batch, state, level, done, safe[modules.to(safe.device)])
+            done = _watch(batch, state, level, done, safe[modules])
         finished = done.all(1) if k < options.max_iter else torch.ones_like(done[:, 0])
         for i in finished.nonzero().flatten().tolist():
             best = int(last[i].argmin())
@@ -117,10 +118,10 @@ def run(batch: Batch, c: torch.Tensor, u: torch.Tensor, v: torch.Tensor, options
             batch, state = batch.of(left), state.of(left, chosen)
             fields = [x[left] for x in (which, last, done, longer, level)]
             if chosen is not None:
-                each = torch.arange(len(left))[:, None]
-                fields = [x[each, chosen.to(x.device)] for x in fields]
+                each = torch.arange(len(left), device=device)[:, None]
+                fields = [x[each, chosen] for x in fields]
             which, last, done, longer, level = fields
-            modules = modules[left.cpu()]
+            modules = modules[left]
     return [o for o in outcomes if o is not None]
 
 
@@ -141,7 +142,7 @@ def _watch(batch: Batch, state: State, level: torch.Tensor, done: torch.Tensor, 
     bad = (theta < -0.95) & (growth > 5.0) & ~state.orthogonal
     if not bool(bad.any()):
         return done
-    level += bad.cpu().long()
+    level += bad.long()
     for i, j in bad.nonzero().tolist():
         step = int(level[i, j])
         if step < len(RIDGES):
@@ -165,7 +166,7 @@ def _outcome(
     safe: torch.Tensor,
     modules: torch.Tensor,
 ) -> Outcome:
-    theta, growth = _alarm(state, safe[modules.to(safe.device)])
+    theta, growth = _alarm(state, safe[modules])
     return Outcome(
         c=state.c[i, j],
         u=state.u[i, j],
