@@ -137,6 +137,21 @@ def test_zero_factors_give_rank_1_of_zeros_and_a_warning(method: str) -> None:
     assert any("layers.0.q: the merged delta is zero" in w for w in merged.report.warnings)
 
 
+def test_what_is_said_of_many_modules_is_said_once() -> None:
+    group = adapters(2, [site(f"layers.{i}.q", 6, 5) for i in range(9)], [2])
+    warnings = mk.merge_adapters(group, "cat", weights=0.0).report.warnings
+    assert warnings == (
+        "layers.0.q, layers.1.q, layers.2.q, layers.3.q, layers.4.q and 4 more: "
+        "the merged delta is zero: written as rank 1 of zeros",
+    )
+
+
+@pytest.mark.parametrize("device", ["meta", "xpu", "cuda:x", 1.5])
+def test_devices_that_are_neither_cpu_nor_cuda(device: object) -> None:
+    with pytest.raises(ArgumentError, match="device is not usable; expected 'cpu'"):
+        mk.merge_adapters(adapters(2, SITES[:1], [2]), "cat", device=device)  # type: ignore[arg-type]
+
+
 def test_factors_below_the_range_of_the_output_are_named() -> None:
     tiny = (torch.full((24, 1), 1e-9), torch.ones(1, 16))
     merged = mk.merge_adapters([adapter([module(SITES[0], 1, 0, factors=tiny)])], "cat", out_dtype="float16")

@@ -118,11 +118,20 @@ def _check_device(device: Any) -> None:
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
         raise ArgumentError(
             "device is not usable", code="device", expected="'cpu', 'cuda' or 'cuda:N'", got=repr(device)
-        ) from None
+        )
     if found.type == "cuda" and not torch.cuda.is_available():
         raise BackendError("there is no GPU that torch can use", code="device.cuda", got=str(found))
+    if found.type == "cuda" and found.index is not None and found.index >= torch.cuda.device_count():
+        raise BackendError(
+            "there is no GPU of this number",
+            code="device.cuda",
+            expected=f"0 to {torch.cuda.device_count() - 1}",
+            got=str(found),
+        )
 
 
 def check_numbers(job: Job) -> None:

@@ -10,7 +10,7 @@ from .._methods.matrix import Merged
 from .._native import torch_dtype
 from ..errors import ArgumentError, DataError
 from ..tensors import F32, DType, dtype_of
-from .align import Place
+from .align import Place, listed
 from .cutting import Limits
 from .job import Job
 from .merged import MergedAdapter
@@ -19,6 +19,8 @@ from .report import InputReport, MergeReport, ModuleReport
 from .truncate import Cut
 
 __all__ = ["agreed", "asked_dtype", "assemble", "common_dtype"]
+
+_LISTED = 5
 
 _TELL = 0.99
 """Share of the squares below which a truncation that nobody asked for is told."""
@@ -100,7 +102,7 @@ def _report(
         for name in a.extras
     ]
     ordered = {name: modules[name] for name in sorted(modules)}
-    about = [f"{name}: {warning}" for name, report in ordered.items() for warning in report.warnings]
+    about = _about(ordered)
     if unasked:
         worst = min(unasked, key=lambda name: modules[name].kept_energy)
         about.append(
@@ -120,6 +122,19 @@ def _report(
         warnings=(*job.notes, *job.aligned.warnings, *extras, *about),
         seconds=seconds,
     )
+
+
+def _about(modules: Mapping[str, ModuleReport]) -> list[str]:
+    """The modules' warnings, each with its module; what is said of many modules is said once."""
+    holders: dict[str, list[str]] = {}
+    for name, report in modules.items():
+        for warning in report.warnings:
+            holders.setdefault(warning, []).append(name)
+    return [
+        f"{name}: {warning}"
+        for warning, names in holders.items()
+        for name in (names if len(names) <= _LISTED else (listed(names, _LISTED),))
+    ]
 
 
 def common_dtype(adapters: Sequence[Adapter]) -> DType:
