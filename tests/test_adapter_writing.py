@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from adapter_files import draw, linear_pair, peft_folder
 from mergekernels.adapters.model import Factors, Site
+from mergekernels.adapters.saving import check_target
 from mergekernels.errors import ArgumentError, OutputError
 from mergekernels.formats.adapters import read_adapter, write_kohya, write_peft
 
@@ -245,3 +246,27 @@ def test_scaled_factors_come_back_as_they_were(tmp_path: Path) -> None:
     write_peft(tmp_path / "b", {read.modules["q"].site: factors})
     again = read_adapter(tmp_path / "b").modules["q"]
     assert again.scale == 1.0 and torch.equal(again.factors().dense(), factors.dense())
+
+
+@pytest.mark.parametrize("other", ["model.safetensors", "notes.txt", "runs/"])
+def test_a_folder_that_holds_anything_else_is_never_replaced(tmp_path: Path, other: str) -> None:
+    """A base model, for example, or a folder of models."""
+    modules = {Site("q", "linear", (4, 3)): Factors(torch.ones(4, 1), torch.ones(1, 3))}
+    folder = tmp_path / "a"
+    write_peft(folder, modules)
+    (folder / "README.md").write_text("card")
+    write_peft(folder, modules, overwrite=True)
+    if other.endswith("/"):
+        (folder / other).mkdir()
+    else:
+        (folder / other).write_text("mine")
+    before = sorted(p.name for p in folder.iterdir())
+    with pytest.raises(OutputError, match="holds more than an adapter, and is not replaced") as caught:
+        write_peft(folder, modules, overwrite=True)
+    assert other.rstrip("/") in str(caught.value)
+    with pytest.raises(OutputError, match="holds more than an adapter"):
+        check_target(folder, overwrite=True)
+    assert sorted(p.name for p in folder.iterdir()) == before
+    for nameless in ("/", "."):
+        with pytest.raises(OutputError):
+            check_target(nameless, overwrite=True)

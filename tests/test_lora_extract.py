@@ -147,6 +147,7 @@ def test_refused_before_anything_is_read(root: Path, tmp_path: Path) -> None:
     for arguments, message in (
         ({}, "neither rank nor energy"),
         ({"rank": 0}, "rank is not usable"),
+        ({"rank": 2, "device": "meta"}, "device is not usable"),
         ({"rank": 4, "energy": 0.5}, "both given"),
         ({"energy": 1.5}, "energy is not usable"),
         ({"rank": 65}, "below the rank.*at most 64"),

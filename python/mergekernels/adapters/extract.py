@@ -168,6 +168,7 @@ def extract_adapter(
     from ..formats.adapters import write_peft
     from ..matrices import using_threads
     from .result import asked_dtype
+    from .opening import check_device
     from .saving import check_target
     from .truncate import check_cut
 
@@ -178,6 +179,7 @@ def extract_adapter(
     dtype = asked_dtype(out_dtype)
     assert dtype is not None
     check_target(out, overwrite=overwrite)
+    check_device(device)
     first, second = _open(base, "base"), _open(tuned, "tuned")
     changes = pair_up(first, second, include, exclude)
     _check_ranks(changes, rank)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..formats.adapters import Base
     from .merged import MergedAdapter
 
-__all__ = ["AdapterInput", "check_numbers", "open_adapters", "open_job"]
+__all__ = ["AdapterInput", "check_device", "check_numbers", "open_adapters", "open_job"]
 
 AdapterInput = Union[
     str, "PathLike[str]", Adapter, "MergedAdapter", Mapping[str, Any], "tuple[Mapping[str, Any], Mapping[str, Any]]"
@@ -93,7 +93,7 @@ def open_job(
     from ..formats.adapters import base_shapes
 
     check_cut(rank, energy, spread)
-    _check_device(device)
+    check_device(device)
     seed = check_integer(seed, 0, 1 << 64, "seed")
     shapes = base_shapes(base)
     job = bind_job(method, params, weights, open_adapters(adapters, shapes), dialect, seed, device)
@@ -112,7 +112,13 @@ def open_job(
     return job, Limits(rank, energy, largest, spread)
 
 
-def _check_device(device: Any) -> None:
+def check_device(device: Any) -> None:
+    """Refuse a device that is neither the CPU nor a GPU that torch can use.
+
+    Raises
+    ------
+    ArgumentError, BackendError.
+    """
     import torch
 
     try:

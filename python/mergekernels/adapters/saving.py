@@ -24,6 +24,8 @@ def check_target(path: str | PathLike[str], form: str = "peft", *, overwrite: bo
     ------
     ArgumentError : unknown form. OutputError : something is there and must not be replaced.
     """
+    from ..formats.adapters.folder import refuse_taken
+
     if form not in _FORMS:
         raise ArgumentError("unknown form of adapter file", code="form", expected="'peft' or 'kohya'", got=repr(form))
     target = Path(path)
@@ -35,6 +37,7 @@ def check_target(path: str | PathLike[str], form: str = "peft", *, overwrite: bo
             file=str(target),
             hint="Remove it, name another, or allow it to be overwritten.",
         )
+    refuse_taken(target, overwrite, folder=form == "peft")
 
 
 def provenance(merged: MergedAdapter) -> dict[str, Any]:

@@ -16,10 +16,14 @@ from ..safetensors import build_header, layout
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Planned", "write_file", "write_folder", "write_tensors"]
+__all__ = ["Planned", "refuse_taken", "write_file", "write_folder", "write_tensors"]
 
 Planned = tuple[DType, tuple[int, ...], Callable[[], "torch.Tensor"]]
 """A tensor to write: dtype and shape in the file, and what gives its values in any float dtype."""
+
+
+_OURS = frozenset({"adapter_config.json", "adapter_model.safetensors", "README.md"})
+"""What a folder may hold to be replaced: what we write, and the card that PEFT writes beside it."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Planned], metadata: Mapping[str, str]) -> None:
@@ -50,7 +54,7 @@ def write_folder(folder: Path, parts: Iterable[tuple[str, Callable[[Path], None]
     ------
     OutputError : the folder is there (and not empty) without `overwrite`, or writing failed.
     """
-    _refuse_taken(folder, overwrite, folder=True)
+    refuse_taken(folder, overwrite, folder=True)
     temporary = _beside(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +71,7 @@ def write_folder(folder: Path, parts: Iterable[tuple[str, Callable[[Path], None]
 
 def write_file(file: Path, write: Callable[[Path], None], *, overwrite: bool) -> None:
     """Writes one file that appears complete or not at all. Errors as in :func:`write_folder`."""
-    _refuse_taken(file, overwrite, folder=False)
+    refuse_taken(file, overwrite, folder=False)
     temporary = _beside(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -97,11 +101,28 @@ def _publish(temporary: Path, folder: Path) -> None:
         shutil.rmtree(old)
 
 
-def _refuse_taken(path: Path, overwrite: bool, *, folder: bool) -> None:
-    """Refuses what is there; with `overwrite` only what is not of the kind that is written."""
+def refuse_taken(path: Path, overwrite: bool, *, folder: bool) -> None:
+    """Refuses what is there; with `overwrite` only what is not of the kind that is written, or holds anything else.
+
+    Raises
+    ------
+    OutputError : says what is there.
+    """
+    if not path.name:
+        raise OutputError("the output needs a name of its own", code="output.exists", file=str(path))
     if not path.exists() and not path.is_symlink():
         return
     same = path.is_dir() if folder else path.is_file()
+    others = sorted(p.name for p in path.iterdir() if p.name not in _OURS or p.is_dir()) if same and folder else []
+    if others and overwrite:
+        raise OutputError(
+            "the output holds more than an adapter, and is not replaced",
+            code="output.not-an-adapter",
+            file=str(path),
+            expected=f"a folder with no other files than {', '.join(sorted(_OURS))}",
+            got=", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else ""),
+            hint="Delete it yourself, or name another folder",
+        )
     if same and (overwrite or (folder and not any(path.iterdir()))):
         return
     raise OutputError(
