@@ -167,8 +167,8 @@ def extract_adapter(
     from ..engine.pool import Reader
     from ..formats.adapters import write_peft
     from ..matrices import using_threads
-    from .result import asked_dtype
     from .opening import check_device
+    from .result import asked_dtype
     from .saving import check_target
     from .truncate import check_cut
 
