@@ -9,12 +9,12 @@ from abc import ABC, abstractmethod
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from .sharded import Sharded, blocks, dense
+from .sharded import Sharded, blocks, dense, moderate
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DenseMap", "FactorMap", "Map", "MixMap", "transposed"]
+__all__ = ["DenseMap", "FactorMap", "Map", "MixMap", "Wide", "scaled", "transposed"]
 
 WIDE = 1 << 20  # elements of a float32 matrix that are widened to float64 at a time: 8 MB
 NORM_BLOCK = 1 << 16  # elements whose squares are summed at a time: they stay in the cache
@@ -135,6 +135,8 @@ class FactorMap(Map):
 
         if self.inner <= 256 or self.dtype == torch.float64:
             return self.norm2
+        if not (moderate(self.b) and moderate(self.a)):
+            return self.norm2
         if self.inner > min(self.shape):
             return square_norm(self.dense())
         total = 0.0
@@ -201,6 +203,51 @@ class _Transposed(Map):
 
     def _norm2(self) -> float:
         return self.of.norm2
+
+
+class Wide(Map):
+    """A map whose products are float64, whatever it is stored in."""
+
+    def __init__(self, of: Map) -> None:
+        import torch
+
+        self.of = of
+        self.shape, self.device = of.shape, of.device
+        self.dtype = torch.float64
+
+    def times(self, y: torch.Tensor) -> torch.Tensor:
+        return self.of.times(y)
+
+    def adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        return self.of.adjoint(y)
+
+    def dense(self) -> torch.Tensor:
+        return self.of.dense().to(self.dtype)
+
+    @property
+    def work(self) -> int:
+        return self.of.work
+
+    def _norm2(self) -> float:
+        return self.of.norm2
+
+
+def scaled(x: Map, power: int) -> Map:
+    """X times 2^power, exactly but for what leaves the range of numbers: a copy."""
+    if isinstance(x, DenseMap):
+        if isinstance(x.x, Sharded):
+            return DenseMap(Sharded([p * 2.0**power for p in x.x.parts], x.x.dim))
+        return DenseMap(x.x * 2.0**power)
+    if isinstance(x, FactorMap):
+        half = power // 2
+        return FactorMap(x.b * 2.0**half, x.a * 2.0 ** (power - half))
+    if isinstance(x, MixMap):
+        factors, matrix = scaled(x.factors, power), scaled(x.matrix, power)
+        assert isinstance(factors, FactorMap)
+        assert isinstance(matrix, DenseMap)
+        return MixMap(factors, matrix)
+    assert isinstance(x, _Transposed)
+    return _Transposed(scaled(x.of, power))
 
 
 def transposed(x: Map) -> Map:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ...errors import ArgumentError
 from ._blocks import orthonormal, root
 from ._krylov import Ritz, Want, krylov
-from ._maps import DenseMap, FactorMap, Map, MixMap, transposed
+from ._maps import DenseMap, FactorMap, Map, MixMap, Wide, scaled, transposed
 from ._plain import plain_eigh, suits
 from .cuts import power_of_two, rank_cut
 from .gram import gram
@@ -22,6 +23,9 @@ ROUTES = ("auto", "core", "implicit", "dense", "whole")
 STEEP = 30.0  # sigma_1 / sigma_k above which float32 products blur the last directions
 
 EXACT = 3.0  # how much longer the core may take than an iteration: it gives the truncation itself
+HEAD = 100.0  # sigma_1 / sigma_k above which an iteration with float32 products misses weak directions
+SHORT = 1e-12  # share of energy, the square of what `lowrank` promises, that may be lost where fewer pairs are found
+RANGE = 2.0**60  # norms between 1 / RANGE and RANGE have squares, and squares of these, far inside of float32
 CLEAN = 1e-8  # share of energy outside below which X is as good as of low rank
 
 
@@ -53,12 +57,26 @@ def leading(
 
     warm : start vectors of the right side, (n, any).
     """
+    import torch
+
     if route not in ROUTES:
         raise ArgumentError("unknown route", code="argument.route", expected=", ".join(ROUTES), got=str(route))
     if route == "core" and not isinstance(x, FactorMap):
         raise ArgumentError("the core route needs factors", code="argument.route", got="a dense matrix or a mix")
     if not rank or x.near_norm2 == 0.0:
         return _nothing(x, x.near_norm2)
+    norm = math.sqrt(x.near_norm2)
+    if not 1.0 / RANGE < norm < RANGE and math.isfinite(norm):
+        power = math.frexp(norm)[1]
+        back = 2.0**power
+        small = scaled(x, -power)
+        # A norm that is out of range still would come back for ever.
+        if 1.0 / RANGE < math.sqrt(small.near_norm2) < RANGE:
+            found = leading(small, rank, energy, strict=strict, tol=tol, warm=warm, seed=seed, route=route)
+            return replace(
+                found, values=found.values * back, us=found.us * back, total=found.total * back * back,
+                lost=found.lost * back * back,
+            )  # fmt: skip
     chosen = cheapest(x, rank, energy, warm is not None) if route == "auto" else route
     if chosen == "core":
         assert isinstance(x, FactorMap)
@@ -79,10 +97,30 @@ def leading(
     if flip and warm is not None:
         warm = orthonormal(x.times(warm.to(device=x.device, dtype=x.dtype)))[0]
     sideways = transposed(x) if flip else x
-    found = krylov(sideways, want, strict, tol, warm, seed)
-    if found is None:
-        return _core(x, rank, energy) if _thin(x) else _whole(x, rank, energy)  # type: ignore[arg-type]
-    return _polished(sideways, found, want, strict, flip, chosen)
+    ritz = krylov(sideways, want, strict, tol, warm, seed)
+    if ritz is not None:
+        pairs = _polished(sideways, ritz, want, strict, flip, chosen)
+        if x.dtype == torch.float64 or not (_short(pairs, want) or _steep(pairs)):
+            return pairs
+        # X^T X in float32 is known to 1e-7 of its head; what is far below needs products in float64.
+        ritz = krylov(Wide(sideways), want, strict, tol, warm, seed)
+    if ritz is not None:
+        pairs = _polished(sideways, ritz, want, strict, flip, chosen)
+        if not _short(pairs, want):
+            return pairs
+    return _core(x, rank, energy) if _thin(x) else _whole(x, rank, energy)  # type: ignore[arg-type]
+
+
+def _steep(pairs: Pairs) -> bool:
+    """Whether the pairs reach far below the first."""
+    return pairs.k > 0 and float(pairs.values[0]) > HEAD * float(pairs.values[pairs.k - 1])
+
+
+def _short(pairs: Pairs, want: Want) -> bool:
+    """Whether there are fewer pairs than asked for although something is left."""
+    if pairs.k >= want.rank or pairs.lost <= SHORT * pairs.total:
+        return False
+    return want.energy is None or pairs.total - pairs.lost < want.energy * pairs.total * (1.0 - 1e-12)
 
 
 def cheapest(x: Map, rank: int, energy: float | None, warm: bool) -> str:

@@ -75,7 +75,8 @@ def lowrank(
     route : by default the one with the fewest operations; see LowRank.route.
     Returns LowRank, or a list of them. In each column of U the entry of largest magnitude is positive.
     Promise: ||X - b a||_F <= (1 + 1e-4) times the least possible + 1e-6 ||X||_F; by the routes "core" and "whole" the
-    least possible + 1e-6 ||X||_F. Where sigma_{k+1} < 0.99 sigma_k, b a is the truncation to 1e-5 ||b a||_F.
+    least possible + 1e-6 ||X||_F; the least possible with values above the cut of the rank only. Where
+    sigma_{k+1} < 0.99 sigma_k, b a is the truncation to 1e-5 ||b a||_F.
     Errors: ArgumentError, DataError for NaN or Inf.
     Source: factored truncation by QR and a small SVD; block Krylov iteration (Musco and Musco, 2015).
     """

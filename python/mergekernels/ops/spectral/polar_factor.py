@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +12,7 @@ from .cuts import check_tol, rank_cut
 from .gram import gram, times
 from .iterations import extremes, newton_schulz, probes, qdwh
 from .qr import tall_qr
-from .sharded import Matrix, Sharded, check_matrix, cut_like, dense
+from .sharded import Matrix, Sharded, check_matrix, cut_like, dense, moderate
 from .small import small_svd
 from .split_gram import split_polar
 
@@ -206,9 +207,13 @@ def _checked(x: Matrix, p: Matrix, cut: float, nuclear: bool, route: str, full: 
 def _svd(x: Matrix, cut: float, nuclear: bool) -> Polar:
     import torch
 
-    u, s, vh = torch.linalg.svd(dense(x), full_matrices=False)
+    whole, power = dense(x), 0
+    if not moderate(whole):  # the largest values could leave the range of float32
+        power = math.frexp(float(whole.abs().max()))[1]
+        whole = whole * 2.0**-power
+    u, s, vh = torch.linalg.svd(whole, full_matrices=False)
     k = int((s > cut * s[0]).sum())
-    total = float(s[:k].sum(dtype=torch.float64)) if nuclear else None
+    total = float(s[:k].sum(dtype=torch.float64)) * 2.0**power if nuclear else None
     return _finish(x, u[:, :k] @ vh[:k], k, total, "svd")
 
 

@@ -82,7 +82,8 @@ def subspace(
     energy : the least dimension that captures this share of ||X||_F^2, in (0, 1]; with `k` the smaller of both.
     warm : a basis near the one sought, (n, any) or (m, any) by `side`, for one matrix; a list with one or None for each
     of a list. It saves time and does not change the promise.
-    accuracy : "energy" promises quality: ||X - X W W^T||_F <= (1 + 1e-4) times the least possible + 1e-6 ||X||_F.
+    accuracy : "energy" promises quality: ||X - X W W^T||_F <= (1 + 1e-4) times the least possible (with
+    directions above the cut of the rank only) + 1e-6 ||X||_F.
     "subspace" iterates until the residual of every pair is at most `tol` times its own Ritz value (or rounding in X's
     dtype), which pins the subspace down where there is a gap at the cut.
     tol : for "subspace", in (0, 1). seed : of the random start.
