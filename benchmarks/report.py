@@ -93,9 +93,21 @@ def ops_table(section: dict[str, Any]) -> list[str]:
     return lines
 
 
+def matrices_table(section: dict[str, Any]) -> list[str]:
+    """Ops over matrices and adapters: time beside each peer's, and the distance between the results."""
+    lines = [_header(section), "", "| op | case | ms | peer | its ms | faster | relative error |", "|" + "---|" * 7]
+    for e in section["records"]:
+        lines.append(
+            f"| {e['op']} | {e['case']} | {e['median_ms']:.1f} | {e['peer']} | {e['peer_ms']:.0f} "
+            f"| {e['times_faster']:.1f}x | {e['error']:.1e} |"
+        )
+    return lines
+
+
 def tables(paths: list[Path]) -> str:
     """All tables of all result files."""
     makers = {"merge": ("Whole merges", merge_table), "ops": ("Ops", ops_table)}
+    makers["spectral"] = ("Matrices and adapters", matrices_table)
     parts = []
     for path in paths:
         whole = json.loads(path.read_text())
