@@ -6,7 +6,8 @@ VENV ?= .venv
 RUN := $(VENV)/bin/
 # Processes for the tests. Many short tests share cases that are made once per process, so that a file stays in one.
 JOBS ?= 2
-PYTEST := $(RUN)pytest -q -n $(JOBS)
+# Each with one thread of torch: small operations gain nothing from more, and threads of two processes wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(RUN)pytest -q -n $(JOBS)
 NATIVE := $(wildcard csrc/*.* csrc/*/*) pyproject.toml
 
 .PHONY: help demo docs test test-slow test-exhaustive test-peers lint format wheel-test bench clean

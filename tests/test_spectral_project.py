@@ -74,8 +74,9 @@ def test_shards_and_lists(dim):
     assert relative(cut.dense(), whole) < 1e-6
     small = gaussian(9, 8).float()
     several = ops.project([g, small, g], [u, None, u], [v, orthonormal(8, 2, 3).float(), v], "keep")
-    assert relative(several[0], ops.project(g, u, v, "keep")) == 0.0
-    assert several[1].shape == (9, 8) and torch.equal(several[0], several[2])
+    # One thread for each of a list, all of them for one matrix: sums may be cut differently.
+    assert relative(several[0], ops.project(g, u, v, "keep")) < 1e-6
+    assert several[1].shape == (9, 8) and relative(several[0], several[2]) < 1e-6
 
 
 def test_half_precision_in_half_precision_out():
