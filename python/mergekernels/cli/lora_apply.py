@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from .guard import guarded
 from .lora_merge import numbers
 from .output import Output
-from .progress import meter, sink
+from .reported import reported
 
 __all__ = ["apply_command"]
 
@@ -37,9 +38,9 @@ def apply_command(
         from ..report.run import run_text
 
         given = None if weights is None else numbers(weights)
-        drawing = meter(output)
-        try:
-            report = apply_adapters(
+
+        def call(progress: Any) -> Any:
+            return apply_adapters(
                 base,
                 list(adapters),
                 out,
@@ -51,14 +52,9 @@ def apply_command(
                 memory=memory,
                 shard_size=parse_size(shard_size),
                 overwrite=overwrite,
-                progress=sink(drawing),
+                progress=progress,
             )
-        finally:
-            drawing.close()
-        if not as_json:
-            for warning in report.warnings:
-                output.note(f"warning: {warning}")
-        output.result(report.to_dict(), run_text(report))
-        return 0
+
+        return reported(output, call, run_text)
 
     guarded(output, work, interrupted="Finished files are kept beside OUT; the same command resumes.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .guard import guarded
 from .output import Output
-from .progress import meter, sink
+from .reported import reported
 
 if TYPE_CHECKING:
     from ..adapters.extract import ExtractReport
@@ -41,15 +41,11 @@ def extract_command(
         from ..adapters.extract import extract_adapter
         from ..engine.events import Progress
 
-        drawing = meter(output)
-        draw = sink(drawing)
+        def call(progress: Any) -> Any:
+            def tell(done: int, total: int, name: str) -> None:
+                progress(Progress("merge", done, total, 0, name))
 
-        def tell(done: int, total: int, name: str) -> None:
-            if draw is not None:
-                draw(Progress("merge", done, total, 0, name))
-
-        try:
-            report = extract_adapter(
+            return extract_adapter(
                 base,
                 tuned,
                 out,
@@ -66,13 +62,8 @@ def extract_command(
                 overwrite=overwrite,
                 progress=tell,
             )
-        finally:
-            drawing.close()
-        if not as_json:
-            for warning in report.warnings:
-                output.note(f"warning: {warning}")
-        output.result(report.to_dict(), _text(report))
-        return 0
+
+        return reported(output, call, _text)
 
     guarded(output, work)
 

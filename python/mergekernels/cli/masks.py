@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ArgumentError
 from .guard import guarded
 from .output import Output
-from .progress import meter, sink
+from .reported import reported
 
 if TYPE_CHECKING:
     from ..engine.masks import CompressReport
@@ -38,24 +38,19 @@ def compress_command(
         from ..engine.recipe import load_recipe, resolve
 
         recipe, out = _recipe(arguments, base, method)
-        drawing = meter(output)
-        try:
-            report = compress(
+
+        def call(progress: Any) -> Any:
+            return compress(
                 resolve(load_recipe(recipe, lenient=lenient, collect=True)),
                 out,
                 backend=backend,
                 device=device,
                 threads=threads,
                 memory=memory,
-                progress=sink(drawing),
+                progress=progress,
             )
-        finally:
-            drawing.close()
-        if not as_json:
-            for warning in report.warnings:
-                output.note(f"warning: {warning}")
-        output.result(report.to_dict(), _text(report))
-        return 0
+
+        return reported(output, call, _text)
 
     guarded(output, work)
 
@@ -83,9 +78,8 @@ def restore_command(
         from ..engine.memory import parse_size
         from ..report.run import run_text
 
-        drawing = meter(output)
-        try:
-            report = restore(
+        def call(progress: Any) -> Any:
+            return restore(
                 masks,
                 expert,
                 dest,
@@ -96,12 +90,10 @@ def restore_command(
                 memory=memory,
                 shard_size=parse_size(shard_size),
                 overwrite=overwrite,
-                progress=sink(drawing),
+                progress=progress,
             )
-        finally:
-            drawing.close()
-        output.result(report.to_dict(), run_text(report))
-        return 0
+
+        return reported(output, call, run_text)
 
     guarded(output, work, interrupted="Finished files are kept beside DEST; the same command resumes.")
 

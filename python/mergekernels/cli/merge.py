@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .guard import guarded
 from .output import Output
-from .progress import meter, sink
+from .reported import reported
 
 __all__ = ["plan_command", "run_command"]
 
@@ -32,9 +34,8 @@ def run_command(
         from ..engine.run import run
         from ..report.run import run_text
 
-        drawing = meter(output)
-        try:
-            report = run(
+        def call(progress: Any) -> Any:
+            return run(
                 recipe,
                 out,
                 backend=backend,
@@ -45,15 +46,10 @@ def run_command(
                 overwrite=overwrite,
                 lenient=lenient,
                 shard_size=parse_size(shard_size),
-                progress=sink(drawing),
+                progress=progress,
             )
-        finally:
-            drawing.close()
-        if not as_json:
-            for warning in report.warnings:
-                output.note(f"warning: {warning}")
-        output.result(report.to_dict(), run_text(report))
-        return 0
+
+        return reported(output, call, run_text)
 
     guarded(output, work, interrupted="Finished files are kept beside OUT; the same command resumes.")
 
