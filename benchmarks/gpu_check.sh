@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds on a machine with a GPU, runs the GPU tests and benchmarks there, and leaves everything in OUTDIR.
-# Usage: benchmarks/gpu_check.sh OUTDIR. Needs python3 with torch (CUDA) and triton; nvcc for the CUDA backend. Takes less
-# than ten minutes.
+# Usage: benchmarks/gpu_check.sh OUTDIR. Needs python3 with torch (CUDA) and triton; nvcc for the CUDA backend. Its
+# steps end after nine minutes at most.
 # Exit status: 0 all is well, 1 something failed, 2 wrong usage, 3 there is no GPU.
 set -uo pipefail
 
@@ -49,19 +49,19 @@ export PYTHONPATH=$site PATH=$site/bin:$PATH CMAKE_BUILD_PARALLEL_LEVEL=8
 "$python" -m pip install -q --target "$site" scikit-build-core pybind11 cmake ninja pytest PyYAML typer rich safetensors \
     >"$out/tools.log" 2>&1 || echo "tools: not installed, going on with what is there" | tee -a "$out/summary.txt"
 architecture=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
-step build 200 "$python" -m pip install --no-build-isolation --no-deps --target "$site" \
+step build 180 "$python" -m pip install --no-build-isolation --no-deps --target "$site" \
     -C cmake.define.CMAKE_CUDA_ARCHITECTURES="$architecture" . || exit 1
 
 # From tests/, because the folder kernels/ must not be importable as a package.
 tests=(test_gpu_devices.py test_cuda_build.py test_cuda_host.py test_cuda_small.py)
-step tests 140 env -C "$root/tests" "$python" -m pytest -q -rs -p no:cacheprovider --junit-xml="$out/tests.xml" "${tests[@]}"
+step tests 125 env -C "$root/tests" "$python" -m pytest -q -rs -p no:cacheprovider --junit-xml="$out/tests.xml" "${tests[@]}"
 if command -v compute-sanitizer >/dev/null; then
-    step sanitizer 80 env -C "$root/tests" compute-sanitizer --error-exitcode 9 --target-processes all \
+    step sanitizer 70 env -C "$root/tests" compute-sanitizer --error-exitcode 9 --target-processes all \
         "$python" -m pytest -q -p no:cacheprovider test_gpu_devices.py test_cuda_small.py \
         -k "cuda and (sizes or pieces or in_place or test_list or rank_divide or batch_or_the_strides or largest) and not repeated and not host"
 fi
-step bench 110 env -C "$root/benchmarks" "$python" bench_gpu.py --out "$out/gpu.json"
+step bench 95 env -C "$root/benchmarks" "$python" bench_gpu.py --out "$out/gpu.json"
 cat "$out/bench.log"
-step bench_spectral 90 env -C "$root/benchmarks" "$python" bench_gpu_spectral.py --out "$out/gpu_spectral.json"
+step bench_spectral 65 env -C "$root/benchmarks" "$python" bench_gpu_spectral.py --out "$out/gpu_spectral.json"
 cat "$out/bench_spectral.log"
 exit "$failed"
