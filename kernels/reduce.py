@@ -128,8 +128,9 @@ def reduce_kernel(
     n = tl.load(table + N)
     g0 = tl.load(table + G0)
     num_blocks = (n + 4095) // 4096
-    work = tl.program_id(0).to(tl.int64)
-    block = work // MODELS * BLOCKS + tl.arange(0, BLOCKS).to(tl.int64)
+    # Divided as 32-bit numbers: with a model of 64 bits ptxas spills a pair of registers for sm_80.
+    work = tl.program_id(0)
+    block = (work // MODELS).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS).to(tl.int64)
     m = work % MODELS
     lane = tl.arange(0, 256).to(tl.int64)
     quad = tl.arange(0, 64).to(tl.int64)
