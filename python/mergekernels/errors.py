@@ -19,6 +19,7 @@ __all__ = [
     "OutputError",
     "PlanError",
     "RecipeError",
+    "ToolError",
     "cut",
     "nearest",
 ]
@@ -157,6 +158,12 @@ class BackendError(MergeError):
     exit_code = 4
 
 
+class ToolError(MergeError):
+    """A tool that was to be served by these kernels is not installed, or not as they know it."""
+
+    exit_code = 4
+
+
 class DataError(MergeError):
     """Tensor values forbid the merge: NaN, Inf, overflow, unequal integer buffers."""
 
@@ -181,5 +188,6 @@ _CLASSES: dict[str, type[MergeError]] = {
         BackendError,
         DataError,
         OutputError,
+        ToolError,
     )
 }
