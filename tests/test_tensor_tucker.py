@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -45,6 +46,25 @@ def test_cores_are_projections_and_the_fixed_point_is_stationary() -> None:
     torch.testing.assert_close(result.cores, result.u.T @ x @ result.v, rtol=0, atol=1e-10)
     best = torch.linalg.svd(torch.cat(list(x @ result.v), 1))[0][:, :4]
     assert torch.linalg.svdvals(best.T @ result.u).min() > 1.0 - 1e-8
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_the_smaller_gram_gives_the_same(equal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bases of 3 columns for 4 tasks: Y has 12, and no matrix of the stack's 40 rows is decomposed in a sweep."""
+    stack = random_stack((35, 35, 35, 35) if equal else (35, 20, 1, 40), 40, 30)
+    weights = [1.0, 0.0, 3.0, 0.5]
+    sides: list[int] = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda g: sides.append(len(g)) or eigh(g))
+    result = tucker(stack, 3, weights=weights, max_iter=30, tol=0.0)
+    assert len(result.history) == 30 and sides == [40, 30, *[12] * 60, 3, 3]
+    monkeypatch.setattr(importlib.import_module("mergekernels.ops.tensor.tucker"), "_is_tall", lambda *sizes: False)
+    other = tucker(stack, 3, weights=weights, max_iter=30, tol=0.0)
+    assert sides[64:] == [40, 30] * 31 + [3, 3]
+    assert relative(rebuilt(result), rebuilt(other)) < 1e-6
+    assert result.history == pytest.approx(other.history, rel=1e-10)
+    w = torch.tensor(weights, dtype=torch.float64)[:, None, None].sqrt()
+    assert result.history[-1] == pytest.approx(relative(rebuilt(result) * w, dense(stack) * w), rel=1e-10)
 
 
 def test_full_size_is_lossless_and_duplicates_share_a_core() -> None:

@@ -76,6 +76,17 @@ class Tasks:
             pieces.append(piece if weights is None else piece * weights[t])
         return torch.cat(pieces, -1)
 
+    def images(self, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """sqrt(w_t) x_t y_t^T of every task side by side: (p, R), (k, R), (T,) -> (p, T k)."""
+        import torch
+
+        roots = weights.sqrt()
+        if self._equal:
+            left, right = (z.reshape(len(z), len(self), self._equal).movedim(1, 0) for z in (x, y))
+            return (left @ (right * roots[:, None, None]).mT).movedim(0, 1).flatten(1)
+        pairs = zip(*(torch.split(z, list(self.ranks), -1) for z in (x, y)), strict=True)
+        return torch.cat([left @ (right * roots[t]).mT for t, (left, right) in enumerate(pairs)], 1)
+
     def _table(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(T, largest rank): the columns of each task, and 1 where there is one, 0 beyond its rank."""
         import torch

@@ -131,6 +131,30 @@ def _leading(gram: torch.Tensor, size: int | float, total: float) -> tuple[torch
     return vectors[:, :size], float(values[size:].sum())
 
 
+def _is_tall(rows: int, columns: int) -> bool:
+    return columns < rows
+
+
+def _improved(
+    core: Core, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor, size: int
+) -> tuple[torch.Tensor, float]:
+    """The `size` leading left vectors of Y = [sqrt(w_t) x_t y_t^T], (p, T k), at most its rank, and their energy.
+
+    From the smaller of Y Y^T, which needs no Y, and Y^T Y: that is the rule where Y has fewer columns than rows, as of
+    dense updates in small bases. Y times its vectors goes through a QR, so that small values do no harm.
+    """
+    import torch
+
+    if not _is_tall(x.shape[0], len(core.ranks) * y.shape[0]):
+        gram = core.tasks.within(x, y, weights) @ x.mT
+        basis = _leading(gram, size, 0.0)[0]
+        return basis, float((basis * (gram @ basis)).sum())
+    image = core.tasks.images(x, y, weights)
+    vectors = _leading(image.mT @ image, size, 0.0)[0]
+    basis = torch.linalg.qr(image @ vectors)[0]
+    return basis, float((image.mT @ basis).square().sum())
+
+
 def _tucker(
     core: Core, weights: torch.Tensor, sizes: tuple[int | float, int | float], max_iter: int, tol: float
 ) -> Tucker:
@@ -146,10 +170,8 @@ def _tucker(
     converged = total == 0.0
     scale = total or 1.0
     for _ in range(max_iter if total > 0.0 else 0):
-        u = _leading(gram(b, v.mT @ a), u.shape[1], total)[0]
-        inner = gram(a, u.mT @ b)
-        v = _leading(inner, v.shape[1], total)[0]
-        kept = float((v * (inner @ v)).sum())
+        u, _ = _improved(core, b, v.mT @ a, weights, u.shape[1])
+        v, kept = _improved(core, a, u.mT @ b, weights, v.shape[1])
         history.append(max(0.0, (total - kept) / scale) ** 0.5)
         if len(history) > 1 and abs(history[-2] - history[-1]) < tol:
             converged = True
