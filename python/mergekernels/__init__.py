@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .engine.verify import verify
     from .errors import MergeError
     from .merging import merge
+    from .modules import merge_modules
     from .state_dicts import merge_state_dicts
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "factorise_adapters",
     "merge",
     "merge_adapters",
+    "merge_modules",
     "merge_state_dicts",
     "methods",
     "plan",
@@ -56,6 +58,7 @@ _HOME = {
     "factorise_adapters": "adapters.shared",
     "merge": "merging",
     "merge_adapters": "adapters.merge",
+    "merge_modules": "modules",
     "merge_state_dicts": "state_dicts",
     "methods": "_methods.catalogue",
     "plan": "engine.run",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ._checks import check_out
@@ -16,7 +16,7 @@ from .tensors import promote
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["deliver", "matrix_dtype", "output_dtype", "outputs"]
+__all__ = ["deliver", "dtype_like", "into", "matrix_dtype", "output_dtype", "outputs"]
 
 
 def output_dtype(spec: Spec, inputs: Inputs, asked: torch.dtype | None) -> torch.dtype:
@@ -77,3 +77,48 @@ def deliver(whole: torch.Tensor, outs: Sequence[torch.Tensor], dim: int) -> None
             return
         target.copy_(whole.narrow(dim, start, target.shape[dim]))
         start += target.shape[dim]
+
+
+def dtype_like(target: Any) -> torch.dtype | None:
+    """The dtype of a tensor, of the first shard of a list; None of anything else, which is refused elsewhere."""
+    import torch
+
+    first = target[0] if isinstance(target, (list, tuple)) and target else target
+    return first.dtype if isinstance(first, torch.Tensor) else None
+
+
+def into(out: Mapping[str, Any] | None, name: str, values: Any) -> Any:
+    """An integer buffer (or its shards), copied into the caller's tensors where there are any.
+
+    Raises
+    ------
+    ArgumentError : they do not fit.
+    """
+    import torch
+
+    if out is None:
+        return values
+    given = out[name]
+    pairs = list(zip(_listed(given), _listed(values), strict=False))
+    same = isinstance(given, (list, tuple)) == isinstance(values, (list, tuple))
+    if not same or len(_listed(given)) != len(_listed(values)) or not all(_fits(t, v) for t, v in pairs):
+        raise ArgumentError(
+            "out does not fit the buffer",
+            code="out",
+            tensor=name,
+            expected=", ".join(f"{v.dtype} {tuple(v.shape)}" for v in _listed(values)),
+            got=", ".join(
+                f"{t.dtype} {tuple(t.shape)}" if isinstance(t, torch.Tensor) else repr(t) for t in _listed(given)
+            ),
+        )
+    for target, value in pairs:
+        target.copy_(value)
+    return given
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _fits(target: Any, value: torch.Tensor) -> bool:
+    return getattr(target, "shape", None) == value.shape and getattr(target, "dtype", None) == value.dtype

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ._backends.dispatch import pick, require
 from ._methods.protocol import Coeffs, Round, Spec
 from ._native import view_of
-from ._outputs import output_dtype
+from ._outputs import output_dtype, outputs
 from .merging import Call
 from .ops.inputs import Inputs
 from .ops.stream import run_program
@@ -35,11 +35,11 @@ class SmallTensors:
     elements: int = 0
 
     def take(
-        self, spec: Spec, inputs: Inputs, coeffs: Coeffs | None, out_dtype: torch.dtype | None
+        self, spec: Spec, inputs: Inputs, coeffs: Coeffs | None, out_dtype: torch.dtype | None, target: Any = None
     ) -> torch.Tensor | None:
-        """The tensor that will hold the result, or None if this one is not to be streamed with others."""
-        import torch
-
+        """The tensor that will hold the result (`target`, if given), or None if this one is not to be streamed with
+        others.
+        """
         if inputs.sharded or not 0 < inputs.n <= _SMALL:
             return None
         _, backend = pick("stream", inputs.all_views, self.call.backend)
@@ -53,9 +53,7 @@ class SmallTensors:
         if not lists.can_list(program):
             return None
         require(backend, program.features)
-        dtype = output_dtype(spec, inputs, out_dtype)
-        first = inputs.tensors[0][0]
-        out = torch.empty(first.shape, dtype=dtype, device=first.device)
+        out = outputs(inputs, output_dtype(spec, inputs, out_dtype), target)[0]
         self.waiting.append((backend, program, inputs, out))
         self.elements += inputs.n * len(inputs.all_views)
         if self.elements > _MOST:

@@ -6,7 +6,7 @@ bound of the whole tensor's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from ._entries import Entry, are_mappings, common_buffer, is_float, same_names
 from ._matrix_call import MatrixCall, check_layouts
 from ._matrix_task import Task, resolved
 from ._methods.matrix_table import matrix_names
-from ._outputs import deliver, matrix_dtype, outputs
+from ._outputs import deliver, dtype_like, into, matrix_dtype, outputs
 from .errors import ArgumentError, InputError
 from .ops.inputs import joined_shape
 
@@ -81,6 +81,7 @@ def merge_matrices(
     out_dtype: torch.dtype | None,
     threads: int | None,
     report: MutableMapping[str, Any] | None,
+    out: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Merged state dicts; the arguments are those of `mergekernels.merge_state_dicts`.
 
@@ -92,7 +93,8 @@ def merge_matrices(
     are_mappings(everything)
     are_mappings(call.companions, call.method.info.companions)
     labels = (["the base"] if base is not None else []) + [f"model {i}" for i in range(len(models))]
-    same_names(everything, labels)
+    targets = [] if out is None else [out]
+    same_names([*everything, *targets], [*labels, *["out"] * len(targets)])
     order = list(everything[0].keys())
     extra = [f"{call.method.info.companions} {i}" for i in range(len(call.companions))]
     _no_strangers(call.companions, extra, order)
@@ -117,11 +119,12 @@ def merge_matrices(
         for name in order:
             if name not in shapes:
                 found = Entry(name, [m[name] for m in models], None if base is None else base[name], [])
-                result[name] = common_buffer(found.models, found.base, name)
+                result[name] = into(out, name, common_buffer(found.models, found.base, name))
                 continue
             one = task(name)
-            dtype = matrix_dtype(one.inputs, out_dtype)
-            outs = outputs(one.inputs, dtype, None)
+            target = None if out is None else out[name]
+            dtype = matrix_dtype(one.inputs, out_dtype if target is None else dtype_like(target))
+            outs = outputs(one.inputs, dtype, target)
             deliver(one.merged(state, dtype, report), outs, call.shard_dim)
             result[name] = outs if one.inputs.sharded else outs[0]
     return result

@@ -13,6 +13,7 @@ from ._matrix_call import MatrixCall
 from ._methods.arguments import bind
 from ._methods.modifiers import Then, blocks_of
 from ._methods.protocol import Coeffs, Spec
+from ._outputs import dtype_like, into
 from ._rounds import resolve_scope
 from ._small import SmallTensors
 from .errors import ArgumentError
@@ -45,6 +46,7 @@ def merge_state_dicts(
     shard_dim: int = 0,
     then: Then = (),
     report: MutableMapping[str, Any] | None = None,
+    out: Mapping[str, Any] | None = None,
     **params: Any,
 ) -> dict[str, Any]:
     """Merge state dicts of one architecture.
@@ -60,13 +62,15 @@ def merge_state_dicts(
     then : modifiers of the merged task vector, [("lines", {"alpha": 0.2})]. The layer blocks are those that the names
         show (`model.layers.7.mlp...`); a modifier's parameter may say otherwise.
     report : a mapping that a method over matrices fills, tensor name -> rank, route, residual and so on.
+    out : name -> tensor (or list of shards) to write into: its own memory or exactly one of the inputs of that name.
+        Its dtype is what the result is rounded to, and `out_dtype` stays None. After an error some may be written.
 
     The other parameters are those of `mergekernels.merge`; each tensor's own name enters its random words. Scope
     "model" counts over all float tensors.
 
     Returns
     -------
-    A new dict in the order of the base (of the first model without one).
+    A new dict in the order of the base (of the first model without one); with `out`, of its tensors.
 
     Raises
     ------
@@ -75,11 +79,12 @@ def merge_state_dicts(
     if isinstance(models, Mapping) or not isinstance(models, Iterable):
         raise ArgumentError("the models are not a list of state dicts", code="models.type", got=type(models).__name__)
     models = list(models)
+    _check_out(out, out_dtype)
     if is_matrix_method(method):
         matrix = MatrixCall.of(
             method, params, weights, len(models), base is not None, dialect, nan, seed, backend, shard_dim, then
         )
-        return merge_matrices(matrix, models, base, out_dtype, threads, report)
+        return merge_matrices(matrix, models, base, out_dtype, threads, report, out)
     call = Call.of(method, params, weights, dialect, nan, seed, backend, threads, shard_dim, then)
     everything = [*models] if base is None else [base, *models]
     are_mappings(everything)
@@ -87,7 +92,8 @@ def merge_state_dicts(
     companions = _companions(call, len(models))
     labels = (["the base"] if base is not None else []) + [f"model {i}" for i in range(len(models))]
     labels += [f"{call.method.info.companions} {i}" for i in range(len(companions))]
-    same_names([*everything, *companions], labels)
+    targets = [] if out is None else [out]
+    same_names([*everything, *companions, *targets], [*labels, *["out"] * len(targets)])
     order = list(everything[0].keys())
     sources = _Sources(models, base, companions)
     bound = bind(call.method, call.arguments, len(models), dialect, nan)
@@ -100,7 +106,7 @@ def merge_state_dicts(
     for name in order:
         found = sources.read(name)
         if not found.is_float:
-            result[name] = common_buffer(found.models, found.base, name)
+            result[name] = into(out, name, common_buffer(found.models, found.base, name))
             continue
         inputs, coeffs = _inputs(call, found), None
         if scope is None:
@@ -108,10 +114,25 @@ def merge_state_dicts(
         else:
             spec, coeffs = scope[0][name], scope[1]
             inputs = replace(inputs, compute=spec.compute)
-        shared = small.take(spec, inputs, coeffs, out_dtype)
-        result[name] = merge_one(call, spec, inputs, coeffs, out_dtype) if shared is None else shared
+        target = None if out is None else out[name]
+        dtype = out_dtype if target is None else dtype_like(target)
+        shared = small.take(spec, inputs, coeffs, dtype, target)
+        result[name] = merge_one(call, spec, inputs, coeffs, dtype, target) if shared is None else shared
     small.flush()
     return result
+
+
+def _check_out(out: Any, out_dtype: Any) -> None:
+    if out is None:
+        return
+    are_mappings([out], "out")
+    if out_dtype is not None:
+        raise ArgumentError(
+            "out has dtypes of its own",
+            code="out_dtype",
+            expected="out_dtype=None beside out",
+            got=repr(out_dtype),
+        )
 
 
 def _companions(call: Call, num_models: int) -> list[Mapping[str, Any]]:

@@ -19,7 +19,7 @@ from .sweeps import Sweep
 if TYPE_CHECKING:
     from .._cpu import SweepStats
 
-__all__ = ["new_stats", "run_sweep", "select", "sweep_one"]
+__all__ = ["new_stats", "refuse_nonfinite", "run_sweep", "select", "sweep_one"]
 
 _STAGES = {"key": 1, "tie": 2}
 
@@ -56,7 +56,7 @@ def run_sweep(
         visited += sweep_one(selection, sweep, stats, inputs, backend, threads, offset)
     # A sample does not know the places of its elements; of a joint key it is not known whose value is not finite.
     if nan == "error" and visited == n and not sweep.joint:
-        _refuse_nonfinite(stats, selection, tensors)
+        refuse_nonfinite(stats, selection, tensors)
     return stats, visited
 
 
@@ -125,7 +125,8 @@ def _strided(view: TensorView, blocks: int, stride: int) -> Any:
     return view.owner.as_strided((blocks, SAMPLE_BLOCK), (stride, 1))
 
 
-def _refuse_nonfinite(stats: SweepStats, selection: Selection, tensors: Sequence[Inputs]) -> None:
+def refuse_nonfinite(stats: SweepStats, selection: Selection, tensors: Sequence[Inputs]) -> None:
+    """Raise the DataError for what a complete sweep found that is not finite."""
     for number, search in enumerate((*selection.searches, None)):
         first, count = stats.nonfinite(number)
         if first >= 0:

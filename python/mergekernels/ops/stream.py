@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from .._cpu import StreamStats
 
-__all__ = ["run_program", "stream"]
+__all__ = ["refuse_nonfinite", "run_program", "stream"]
 
 
 def run_program(
@@ -54,7 +54,7 @@ def run_program(
             out = None if outs is None else view_of(outs[shard])
             backend.stream(program, piece, base, models, out, compute=inputs.compute, stats=stats, threads=threads)
     if nan == "error" and stats is not None:
-        _refuse_nonfinite(stats, inputs)
+        refuse_nonfinite(stats, inputs)
 
 
 def _by_slabs(
@@ -82,7 +82,8 @@ def _by_slabs(
             scatter(inputs, part, result, outs)
 
 
-def _refuse_nonfinite(stats: StreamStats, inputs: Inputs) -> None:
+def refuse_nonfinite(stats: StreamStats, inputs: Inputs) -> None:
+    """Raise the DataError for what a pass found that is not finite."""
     scope = Scope((0,), (inputs.tensor,), inputs.n, "F32")
     labels = [*inputs.labels, "the base", "the result"]
     for source, label in enumerate(labels):
