@@ -16,7 +16,7 @@ help:
 	@echo "make demo        train small networks, merge them with the command line, compare"
 	@echo "make test        the tests"
 	@echo "make test-slow   ahead-of-time compilation of every GPU kernel, long sweeps of faults"
-	@echo "make test-exhaustive  every case of the Triton kernels under the interpreter, about an hour"
+	@echo "make test-exhaustive  every case of the Triton kernels under the interpreter"
 	@echo "make test-peers  agreement with mergekit, PEFT and TensorLy, installed into a folder of its own"
 	@echo "make docs        docs/methods.md from the descriptions of the methods"
 	@echo "make lint        formatting, style and types"
