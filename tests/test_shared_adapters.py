@@ -63,9 +63,7 @@ def test_merges_are_those_of_tc_lora() -> None:
         want = merge_adapters(given, "tc_lora", cp_rank=5, n_starts=2, seed=4, **options)  # type: ignore[arg-type]
         found = shared.merge(**options)  # type: ignore[arg-type]
         for m in MODULES:
-            # Starts are numbered by module within a batch, so that only the quality of fits is the same.
-            assert found.delta(m).shape == want.delta(m).shape
-            assert torch.isfinite(found.delta(m)).all()
+            assert close(found.delta(m), want.delta(m), 1e-5)
     cut = shared.merge(rank=2)
     assert all(r.rank == 2 for r in cut.report.modules.values())
     with pytest.raises(MergeError, match="no such adapter"):

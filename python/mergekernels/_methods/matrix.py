@@ -34,6 +34,7 @@ __all__ = [
     "MatrixSpec",
     "Merged",
     "Separable",
+    "Together",
     "Wants",
     "folds_scale",
     "measured_state",
@@ -112,6 +113,15 @@ class Separable(Protocol):
 
     def separate(self, spec: MatrixSpec, deltas: Sequence[Delta]) -> list[Factors] | None:
         """A_t and B_t of every adapter; None if the method cannot with its parameters."""
+        ...
+
+
+@runtime_checkable
+class Together(Protocol):
+    """A method that merges many modules faster together than one by one, with the same results."""
+
+    def merge_together(self, specs: Sequence[MatrixSpec], deltas: Sequence[Sequence[Delta]]) -> list[Merged]:
+        """`merge` of each; none of them is `plain`, and there is no state."""
         ...
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from .._methods.adapters.sums import weighted_sum
 from .._methods.arguments import bind_matrix
-from .._methods.matrix import Asking, MatrixMethod, MatrixSpec, Merged, Wants, folds_scale, measured_state
+from .._methods.matrix import Asking, MatrixMethod, MatrixSpec, Merged, Together, Wants, folds_scale, measured_state
 from .._methods.matrix_table import get_matrix
 from .._methods.spectral.layout import layout_of, merge_plain
 from ..errors import ArgumentError, DataError
@@ -20,7 +20,10 @@ from .model import Adapter, Factors
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Job", "bind_job", "plain", "wants_of"]
+__all__ = ["Job", "batches", "bind_job", "plain", "wants_of"]
+
+_BATCH_BYTES = 128 << 20
+"""Factors of modules that are merged together."""
 
 
 def wants_of(method: MatrixMethod, params: Mapping[str, Any], dialect: str) -> Wants:
@@ -84,8 +87,23 @@ class Job:
     def merged(self) -> Iterator[tuple[Place, Merged]]:
         """The merged task vectors, lambda applied, modules of equal shape one after the other."""
         state = self.state()
-        for place in sorted(self.aligned.places, key=lambda p: (p.site.shape, sum(p.ranks))):
-            yield place, self.merge(place, state)
+        places = sorted(self.aligned.places, key=lambda p: (p.site.shape, sum(p.ranks)))
+        method = self.method
+        if not isinstance(method, Together) or state is not None:
+            for place in places:
+                yield place, self.merge(place, state)
+            return
+        for batch in batches(places):
+            specs = [self.spec(place) for place in batch]
+            try:
+                if any(spec.plain for spec in specs):
+                    found = [self.merge(place, state) for place in batch]
+                else:
+                    deltas = [self.deltas(place) for place in batch]
+                    found = [_scaled(m, self.scale) for m in method.merge_together(specs, deltas)]
+            except DataError:  # one by one the module is known
+                found = [self.merge(place, state) for place in batch]
+            yield from zip(batch, found, strict=True)
 
     def merge(self, place: Place, state: Any) -> Merged:
         """The merged task vector of one module, lambda applied."""
@@ -116,6 +134,21 @@ class Job:
     def scale(self) -> float:
         """What merged task vectors are multiplied with."""
         return float(self.params.get("lambda", 1.0)) * self.factor
+
+
+def batches(places: Iterable[Place]) -> Iterator[list[Place]]:
+    """Consecutive modules whose factors, in float32, take at most 128 MiB together; at least one each."""
+    batch: list[Place] = []
+    size = 0
+    for place in places:
+        own = 4 * sum(place.site.shape) * sum(place.ranks)
+        if batch and size + own > _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(place)
+        size += own
+    if batch:
+        yield batch
 
 
 def _scaled(merged: Merged, scale: float) -> Merged:

@@ -40,7 +40,8 @@ def merge_adapters(
     """Merge LoRA adapters of one base into one adapter.
 
     Modules are merged one by one: memory is bounded by one module of the adapters (of a chunk of them where the method
-    sums), some modules that are truncated together, and the result.
+    sums; modules of up to 128 MiB of factors where it merges many together, as tc_lora), some modules that are
+    truncated together, and the result.
 
     Parameters
     ----------

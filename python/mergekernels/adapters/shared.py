@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .._methods.adapters.tc_lora import cp_options, sharing
+from .._methods.adapters.tc_lora import joint_fits, sharing
 from .._methods.arguments import bind_matrix
 from .._methods.matrix import Merged
 from ..errors import ArgumentError
 from .align import Place
 from .cutting import Limits, cut_waiting
-from .job import Job, plain
+from .job import Job, batches, plain
 from .merged import MergedAdapter
 from .model import Factors
 from .opening import AdapterInput, open_job
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from ..tensors import DType
 
 __all__ = ["SharedAdapters", "factorise_adapters"]
-
-_BATCH_BYTES = 512 << 20
-"""Factors of modules that are factorised together."""
 
 
 class SharedAdapters:
@@ -137,36 +134,14 @@ def factorise_adapters(
     ------
     ArgumentError, DataError, and what `merge_adapters` raises.
     """
-    from ..ops import cp_als
-
     if rank is not None:
         params["cp_rank"] = rank
     asked = asked_dtype(out_dtype)
     job, limits = open_job(adapters, "tc_lora", None, None, None, base, "default", seed, "b", device, params)
     found: dict[str, CP] = {}
-    for batch in _batches(job):
-        stacks = [list(job.deltas(place)) for place in batch]
-        wanted = job.params["cp_rank"]
-        ranks = [wanted or max(place.ranks) for place in batch]
-        for size in sorted(set(ranks)):
-            chosen = [i for i, r in enumerate(ranks) if r == size]
-            options = cp_options(job.params, seed)
-            for i, cp in zip(chosen, cp_als([stacks[i] for i in chosen], size, **options), strict=True):
-                found[batch[i].site.module] = cp
+    places = sorted(job.aligned.places, key=lambda p: (p.site.shape, sum(p.ranks)))
+    for batch in batches(places):
+        fitted = joint_fits([job.spec(place) for place in batch], [list(job.deltas(place)) for place in batch])
+        found |= {place.site.module: cp for place, cp in zip(batch, fitted, strict=True)}
     ordered = [(place, found[place.site.module]) for place in job.aligned.places]
     return SharedAdapters(job, limits, asked or common_dtype(job.adapters), ordered)
-
-
-def _batches(job: Job) -> Iterator[list[Place]]:
-    """Modules whose factors fit in memory together, those of one shape next to one another."""
-    batch: list[Place] = []
-    size = 0
-    for place in sorted(job.aligned.places, key=lambda p: (p.site.shape, p.ranks)):
-        own = 4 * sum(place.site.shape) * sum(place.ranks)
-        if batch and size + own > _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-        batch.append(place)
-        size += own
-    if batch:
-        yield batch

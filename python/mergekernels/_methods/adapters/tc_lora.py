@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ...errors import ArgumentError, DataError
 from ..factor_space import all_factors
 from ..matrix import MatrixSpec, Merged
 from ..permatrix import PerMatrix
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from ...adapters.model import Delta, Factors
     from ...ops import CP
 
-__all__ = ["CP_PARAMS", "TcLora", "cp_options", "sharing"]
+__all__ = ["CP_PARAMS", "TcLora", "joint_fits", "sharing"]
 
 CP_PARAMS = (
     Param(
@@ -44,10 +45,33 @@ CP_PARAMS = (
 """Parameters of methods that factorise a stack."""
 
 
-def cp_options(params: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """The options of `cp_als` that these parameters say."""
-    options = {name: params[name] for name in ("n_starts", "max_iter", "tol", "strict")}
-    return {**options, "normalize": None if params["normalize"] == "none" else params["normalize"], "seed": seed}
+def joint_fits(specs: Sequence[MatrixSpec], stacks: Sequence[Sequence[Any]], default: int | None = None) -> list[CP]:
+    """The joint factorisation of the stack of each module, those of equal rank in one call.
+
+    default : terms where the parameters name none; None for the largest rank of the stack. Random starts depend on
+    the seed and the module's name. Errors: DataError for what would be a warning, with the parameter strict.
+    """
+    from ...ops.tensor.cp import fits
+
+    found: dict[int, CP] = {}
+    ranks = [spec.params["cp_rank"] or default or max(f.rank for f in s) for spec, s in zip(specs, stacks, strict=True)]
+    for rank in sorted(set(ranks)):
+        chosen = [i for i, r in enumerate(ranks) if r == rank]
+        spec = specs[chosen[0]]
+        options: dict[str, Any] = {name: spec.params[name] for name in ("n_starts", "max_iter", "tol")}
+        options |= {"normalize": None if spec.params["normalize"] == "none" else spec.params["normalize"]}
+        options |= {"seed": spec.seed, "keys": [specs[i].tensor for i in chosen]}
+        found |= zip(chosen, fits([list(stacks[i]) for i in chosen], max(1, rank), **options), strict=True)
+    for i, spec in enumerate(specs):
+        said = found[i].diagnostics["warnings"]
+        if said and spec.params["strict"]:
+            raise DataError(
+                f"the factorisation: {said[0]}",
+                code="cp.strict",
+                tensor=spec.name,
+                hint="strict=False gives the result with a warning.",
+            )
+    return [found[i] for i in range(len(specs))]
 
 
 def sharing(c: torch.Tensor) -> list[float]:
@@ -116,41 +140,56 @@ class TcLora(PerMatrix):
 
     def merge(self, spec: MatrixSpec, deltas: Sequence[Delta], state: Any = None) -> Merged:
         """Factorise, weigh the terms, add."""
-        factors = all_factors(deltas)
-        assert factors is not None
-        weights = [1.0 / len(factors) if w is None else w for w in spec.params["weight"]]
-        if sum(f.rank for f in factors) == 0:
-            return Merged(factors[0], {"fit": 1.0, "cp_rank": 0})
-        return (
-            self._factors(spec, factors, weights) if spec.dialect == "code" else self._products(spec, factors, weights)
-        )
+        return self.merge_together([spec], [deltas])[0]
 
-    @staticmethod
-    def _products(spec: MatrixSpec, factors: Sequence[Factors], weights: Sequence[float]) -> Merged:
-        import torch
+    def merge_together(self, specs: Sequence[MatrixSpec], deltas: Sequence[Sequence[Delta]]) -> list[Merged]:
+        """Factorise the stacks of all modules, those of one shape in one batch."""
+        stacks = []
+        for given in deltas:
+            factors = all_factors(given)
+            assert factors is not None
+            stacks.append(factors)
+        empty = {
+            i: Merged(s[0], {"fit": 1.0, "cp_rank": 0}) for i, s in enumerate(stacks) if not any(f.rank for f in s)
+        }
+        rest = [i for i in range(len(specs)) if i not in empty]
+        form = _factors if specs[0].dialect == "code" else _products
+        found = zip(rest, form([specs[i] for i in rest], [stacks[i] for i in rest]), strict=True)
+        merged = {**empty, **dict(found)}
+        return [merged[i] for i in range(len(specs))]
 
-        from ...adapters.model import Factors
-        from ...ops import cp_als
 
-        rank = spec.params["cp_rank"] or max(f.rank for f in factors)
-        found: CP = cp_als(factors, rank, **cp_options(spec.params, spec.seed))
+def _weights(spec: MatrixSpec) -> torch.Tensor:
+    import torch
+
+    given = spec.params["weight"]
+    return torch.tensor([1.0 / len(given) if w is None else w for w in given], dtype=torch.float64)
+
+
+def _products(specs: Sequence[MatrixSpec], stacks: Sequence[Sequence[Factors]]) -> list[Merged]:
+    import torch
+
+    from ...adapters.model import Factors
+
+    merged = []
+    for spec, found in zip(specs, joint_fits(specs, stacks), strict=True):
         c, u, v = found.factors
         shares = sharing(c)
         kept = torch.tensor([s >= spec.params["shared_min"] for s in shares])
-        coefficients = torch.tensor(weights, dtype=torch.float64).to(c.device) @ c.double()
-        b = (u.double() * coefficients)[:, kept]
+        b = (u.double() * (_weights(spec).to(c.device) @ c.double()))[:, kept]
         report = _report(found) | {"sharing": tuple(round(s, 6) for s in shares), "terms": int(kept.sum())}
-        return Merged(Factors(b.to(u.dtype), v[:, kept].mT), report, _warnings(spec, found))
+        merged.append(Merged(Factors(b.to(u.dtype), v[:, kept].mT), report, _warnings(spec, found)))
+    return merged
 
-    @staticmethod
-    def _factors(spec: MatrixSpec, factors: Sequence[Factors], weights: Sequence[float]) -> Merged:
-        """The A_t and the B_t as two dense stacks, each a stack of products with an identity."""
-        import torch
 
-        from ...adapters.model import Factors
-        from ...errors import ArgumentError
-        from ...ops import cp_als
+def _factors(specs: Sequence[MatrixSpec], stacks: Sequence[Sequence[Factors]]) -> list[Merged]:
+    """The A_t and the B_t as two dense stacks, each a stack of products with an identity."""
+    import torch
 
+    from ...adapters.model import Factors
+
+    downs, ups = [], []
+    for spec, factors in zip(specs, stacks, strict=True):
         there = [f for f in factors if f.rank]
         if len({f.rank for f in there}) > 1:
             raise ArgumentError(
@@ -164,17 +203,18 @@ class TcLora(PerMatrix):
         r = there[0].rank
         eye = torch.eye(r, dtype=there[0].a.dtype, device=there[0].a.device)
         filled = [f if f.rank else Factors(f.b.new_zeros(f.shape[0], r), f.a.new_zeros(r, f.shape[1])) for f in factors]
-        rank = spec.params["cp_rank"] or 1
-        options = cp_options(spec.params, spec.seed)
-        downs: CP = cp_als([(eye, f.a) for f in filled], rank, **options)
-        ups: CP = cp_als([(f.b, eye) for f in filled], rank, **options)
-        w = torch.tensor(weights, dtype=torch.float64).to(eye.device)
+        downs.append([Factors(eye, f.a) for f in filled])
+        ups.append([Factors(f.b, eye) for f in filled])
+    merged = []
+    for spec, *pair in zip(specs, joint_fits(specs, downs, 1), joint_fits(specs, ups, 1), strict=True):
         sides = []
-        for found in (downs, ups):
+        for found in pair:
             c, u, v = (x.double() for x in found.factors)
-            sides.append(((u * (w @ c)) @ v.mT).to(eye.dtype))
-        report = {f"{name}_{k}": x for name, cp in (("a", downs), ("b", ups)) for k, x in _report(cp).items()}
-        return Merged(Factors(sides[1], sides[0]), report, (*_warnings(spec, downs), *_warnings(spec, ups)))
+            sides.append(((u * (_weights(spec).to(c.device) @ c)) @ v.mT).to(found.factors[1].dtype))
+        report = {f"{name}_{k}": x for name, cp in zip("ab", pair, strict=True) for k, x in _report(cp).items()}
+        warnings = (*_warnings(spec, pair[0]), *_warnings(spec, pair[1]))
+        merged.append(Merged(Factors(sides[1], sides[0]), report, warnings))
+    return merged
 
 
 def _report(found: CP) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from ...errors import ArgumentError, DataError
 from ..arguments import check_integer
 from ..spectral.batching import in_single_threads
 from ._als import Options, Outcome, run
+from ._inputs import given_factors, scales_of
+from ._order import in_given_order, in_own_order
 from ._starts import gevd, hosvd, random_start
 from ._sweeps import Batch
 from ._terms import CP, in_terms
@@ -18,7 +20,7 @@ from .stack import Core, cores_of, is_module, stacks_of
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CP", "cp_als"]
+__all__ = ["CP", "cp_als", "fits"]
 
 _log = logging.getLogger("mergekernels")
 _CHUNK = 256 << 20
@@ -46,7 +48,8 @@ def cp_als(
     """Fit the T updates B_t A_t of a module by `rank` shared rank-1 terms with a weight per task.
 
     min over C, U, V of sum_t w_t ||B_t A_t - sum_k C[t, k] u_k v_k^T||_F^2 by alternating least squares in float64, on
-    cores of the stacked factors; all modules of equal core shape and all their starts in one batch.
+    cores of the stacked factors; all modules of equal core shape and all their starts in one batch. The result does not
+    depend on the order of the tasks (with explicit `init` it may, in the last bits).
 
     stack : a list of (B, A) pairs (or Factors), B (m, r_t) and A (r_t, n), the scale inside B, ranks free; or a list of
         such lists, one per module. B may be row shards, A column shards (`ops.Sharded`). An update may be a matrix
@@ -63,7 +66,38 @@ def cp_als(
     Source: Carroll and Chang 1970, Harshman 1970; compression after Carroll, Pruzansky, Kruskal 1980 (CANDELINC).
     """
     single = is_module(stack)
-    stacks = stacks_of(stack)
+    options: dict[str, Any] = {"weights": weights, "init": init, "n_starts": n_starts, "max_iter": max_iter, "tol": tol}
+    options |= {"ridge": ridge, "prox": prox, "normalize": normalize, "seed": seed}
+    found = fits(stack, rank, **options)
+    for i, result in enumerate(found):
+        for warning in result.diagnostics["warnings"]:
+            text = warning if single else f"stack[{i}]: {warning}"
+            if strict:
+                raise DataError(text, code="cp.strict", hint="strict=False returns the result with a warning.")
+            _log.warning("cp_als: %s", text)
+    return found[0] if single else found
+
+
+def fits(
+    stack: Any,
+    rank: int,
+    *,
+    weights: Sequence[float] | None = None,
+    init: Any = "auto",
+    n_starts: int = 4,
+    max_iter: int = 100,
+    tol: float = 1e-7,
+    ridge: float = 0.0,
+    prox: float = 1e-6,
+    normalize: str | None = None,
+    seed: int = 0,
+    keys: Sequence[int] | None = None,
+) -> list[CP]:
+    """`cp_als` of one or several modules that says its warnings in the diagnostics only.
+
+    keys : a 32-bit number per module, on which its random starts depend; None for its position.
+    """
+    single = is_module(stack)
     rank = check_integer(rank, 1, 1 << 31, "rank")
     n_starts = check_integer(n_starts, 1, 1 << 16, "n_starts")
     max_iter = check_integer(max_iter, 1, 1 << 31, "max_iter")
@@ -83,56 +117,34 @@ def cp_als(
             expected="auto, hosvd, gevd, random or (weights, factors)",
             got=str(init),
         )
+    stacks = stacks_of(stack)
     if explicit is not None and len(explicit) != len(stacks):
         raise ArgumentError("init does not fit", code="cp.init", expected=f"{len(stacks)}", got=str(len(explicit)))
+    orders: Sequence[list[int]] = ()
+    if explicit is None:  # in an order of their own, so that no start depends on the order in which tasks are given
+        turned = [in_own_order(s) for s in stacks]
+        orders, stacks = [order for order, _ in turned], [s for _, s in turned]
     cores = cores_of(stacks)
-    scales = [_scales(core, weights, normalize, f"stack[{i}]") for i, core in enumerate(cores)]
+    scales = []
+    for i, core in enumerate(cores):
+        scales.append(scales_of(core, weights, normalize, f"stack[{i}]", orders[i] if orders else None))
     options = Options(max_iter, float(tol), float(ridge), float(prox), explicit is None)
     results: list[CP | None] = [None] * len(cores)
 
     def fit(chunk: list[int]) -> list[tuple[Outcome, int]]:
         parts = [cores[i] for i in chunk], [scales[i] for i in chunk]
-        return _fit(*parts, chunk, rank, n_starts, init, explicit, options, seed)
+        numbers = chunk if keys is None else [keys[i] for i in chunk]
+        given = None if explicit is None else [explicit[i] for i in chunk]
+        return _fit(*parts, numbers, rank, n_starts, init, given, options, seed)
 
     chunks = list(_chunks(cores, rank, n_starts))
     large = any(core.b.device.type != "cpu" or core.b.numel() + core.a.numel() > _LARGE for core in cores)
-    fits = [fit(chunk) for chunk in chunks] if large else in_single_threads(chunks, fit)
-    for chunk, outcomes in zip(chunks, fits, strict=True):
-        for i, (outcome, used) in zip(chunk, outcomes, strict=True):
-            results[i] = in_terms(cores[i], scales[i], outcome, rank, used, options)
-    found = [r for r in results if r is not None]
-    for i, result in enumerate(found):
-        for warning in result.diagnostics["warnings"]:
-            text = warning if single else f"stack[{i}]: {warning}"
-            if strict:
-                raise DataError(text, code="cp.strict", hint="strict=False returns the result with a warning.")
-            _log.warning("cp_als: %s", text)
-    return found[0] if single else found
-
-
-def _scales(core: Core, weights: Sequence[float] | None, normalize: str | None, what: str) -> torch.Tensor:
-    """What each slice is multiplied with before the fit, (T), float64."""
-    import torch
-
-    count = len(core.ranks)
-    try:
-        numbers = [1.0] * count if weights is None else [float(w) for w in weights]
-    except (TypeError, ValueError):
-        numbers = []
-    if len(numbers) != count or not all(0.0 < w < float("inf") for w in numbers):
-        raise ArgumentError(
-            "weights are not usable",
-            code="cp.weights",
-            tensor=what,
-            expected=f"{count} positive numbers",
-            got=repr(weights),
-        )
-    scale = torch.tensor(numbers, dtype=torch.float64).sqrt()
-    scale = scale.to(core.norm2.device)
-    if normalize == "fro":
-        norms = core.norm2.sqrt()
-        scale = scale / torch.where(norms > 0, norms, torch.ones_like(norms))
-    return scale
+    outcomes = [fit(chunk) for chunk in chunks] if large else in_single_threads(chunks, fit)
+    for chunk, found in zip(chunks, outcomes, strict=True):
+        for i, (outcome, used) in zip(chunk, found, strict=True):
+            result = in_terms(cores[i], scales[i], outcome, rank, used, options)
+            results[i] = in_given_order(result, orders[i]) if orders else result
+    return [r for r in results if r is not None]
 
 
 def _chunks(cores: list[Core], rank: int, starts: int) -> Iterator[list[int]]:
@@ -176,8 +188,8 @@ def _fit(
         return [(_zero(batch, used), used) for _ in cores]
     if explicit is not None:
         given = [
-            _given(explicit[i], rank, core, s, f"init of stack[{i}]")
-            for i, core, s in zip(modules, cores, scales, strict=True)
+            given_factors(start, rank, core, s, f"init of stack[{i}]")
+            for i, start, core, s in zip(modules, explicit, cores, scales, strict=True)
         ]
         c, u, v = (torch.stack([g[k] for g in given])[:, None] for k in range(3))
         used = int(u.shape[-1])
@@ -195,58 +207,6 @@ def _stacked(cores: list[torch.Tensor]) -> torch.Tensor:
     import torch
 
     return cores[0][None] if len(cores) == 1 else torch.stack(cores)
-
-
-def _given(
-    init: Any, rank: int, core: Core, scale: torch.Tensor, what: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Explicit factors in the coordinates of the core."""
-    import torch
-
-    from ..spectral.sharded import Sharded
-
-    if not isinstance(init, (list, tuple, CP)) or len(parts := list(init)) != 2:
-        raise ArgumentError(
-            "init is not usable", code="cp.init", tensor=what, expected="(weights, [C, U, V])", got=type(init).__name__
-        )
-    weight, factors = parts
-    wide = [
-        (x.dense() if isinstance(x, Sharded) else torch.as_tensor(x)).to(core.b.device, torch.float64) for x in factors
-    ]
-    sizes = (
-        len(core.ranks),
-        *((basis.shape[0] if basis is not None else x.shape[0]) for basis, x in ((core.qb, core.b), (core.qa, core.a))),
-    )
-    if len(wide) != 3 or any(x.ndim != 2 or x.shape != (n, rank) for x, n in zip(wide, sizes, strict=True)):
-        raise ArgumentError(
-            "explicit factors do not fit the stack",
-            code="cp.init",
-            tensor=what,
-            expected=f"[C, U, V] with {sizes[0]}, {sizes[1]}, {sizes[2]} rows and {rank} columns",
-            got=", ".join(str(tuple(x.shape)) for x in wide),
-        )
-    c, u, v = wide
-    if weight is not None:
-        weight = torch.as_tensor(weight).to(c)
-        if weight.shape != (rank,):
-            raise ArgumentError(
-                "explicit weights do not fit",
-                code="cp.init",
-                tensor=what,
-                expected=f"({rank},)",
-                got=str(tuple(weight.shape)),
-            )
-        c = c * weight
-    if not all(bool(torch.isfinite(x).all()) for x in (c, u, v)):
-        raise DataError("explicit factors hold NaN or Inf", code="data.nonfinite", tensor=what)
-
-    def inside(basis: Any, x: torch.Tensor) -> torch.Tensor:
-        if basis is None:
-            return x
-        whole = basis.dense() if isinstance(basis, Sharded) else basis
-        return whole.to(torch.float64).mT @ x
-
-    return c / core.scale * scale[:, None], inside(core.qb, u), inside(core.qa, v)
 
 
 def _zero(batch: Batch, rank: int) -> Outcome:
