@@ -137,8 +137,7 @@ def tasks_of(spec: MatrixSpec, deltas: Sequence[Delta]) -> Tasks:
             continue
         if weight != 1.0:
             delta = replace(delta, b=delta.b * weight) if isinstance(delta, Factors) else delta * weight
-        zero = isinstance(delta, Factors) and not (bool(delta.b.any()) and bool(delta.a.any()))
-        if zero or (not isinstance(delta, Factors) and not (bool(delta[:1].any()) or bool(delta.any()))):
+        if not all(map(_nonzero, (delta.b, delta.a) if isinstance(delta, Factors) else (delta,))):
             continue
         live.append(delta)
     factored = all(isinstance(d, Factors) for d in live)
@@ -154,6 +153,11 @@ def tasks_of(spec: MatrixSpec, deltas: Sequence[Delta]) -> Tasks:
             same.append((d.dense() if isinstance(d, Factors) else d).to(wide))
     count = len(deltas) if spec.params.get("count_zero", True) else len(live)
     return Tasks(tuple(same), count, factored)
+
+
+def _nonzero(x: torch.Tensor) -> bool:
+    """Whether any entry is not zero; most often the first row tells."""
+    return bool(x[:1].any()) or bool(x.any())
 
 
 def nothing(spec: MatrixSpec, deltas: Sequence[Delta]) -> Merged:
@@ -200,19 +204,18 @@ class Core:
 
 def core_of(factors: Sequence[Factors]) -> Core:
     """The cores of products of factors. Rules that turn with the bases may be applied to them instead."""
-    import torch
-
     from ...ops import balance, stack, tall_qr
+    from ...ops.spectral.factor_sides import both_sides
 
     whole = stack(factors)
-    b, a = balance(whole.b, whole.a)
-    left, right = tall_qr([b, a.T.contiguous()])
-    matrices, start = [], 0
-    for f in factors:
-        part = slice(start, start + f.rank)
-        matrices.append(left.r[:, part].to(torch.float64) @ right.r[:, part].to(torch.float64).T)
-        start += f.rank
-    return Core(left.q, right.q, matrices)
+    sides = both_sides(whole)
+    if sides is not None:
+        (qb, left), (qa, right) = (side.basis() for side in sides)
+    else:
+        level_b, level_a = balance(whole.b, whole.a)
+        (qb, left), (qa, right) = ((x.q, x.r) for x in tall_qr([level_b, level_a.T.contiguous()]))
+    parts = [x.split([f.rank for f in factors], 1) for x in (left, right)]  # type: ignore[no-untyped-call]
+    return Core(qb, qa, [b @ a.T for b, a in zip(*parts, strict=True)])
 
 
 def full_svd(x: torch.Tensor, tol: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

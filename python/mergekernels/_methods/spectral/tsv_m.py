@@ -151,6 +151,9 @@ def _factored(spec: MatrixSpec, tasks: Tasks) -> Merged:
     from ...adapters.model import Factors
     from ...ops import balance, small_svd, tall_qr
 
+    found_in_grams = _from_grams(spec, tasks)
+    if found_in_grams is not None:
+        return found_in_grams
     tol = cut_of(spec.params, spec.shape)
     pairs = [balance(f.b, f.a) for f in tasks.factors]
     thin = tall_qr([x for b, a in pairs for x in (b, a.T.contiguous())])
@@ -165,6 +168,45 @@ def _factored(spec: MatrixSpec, tasks: Tasks) -> Merged:
     left, right, report = _orthogonal(spec, lefts, rights)
     report |= {"k": ks, "route": "factors"}
     return Merged(Factors(left * torch.cat(values).to(left.dtype), right.T.contiguous()), report)
+
+
+INDEPENDENT = 300.0
+"""Condition of the stacked factors up to which the Gram of the tasks' vectors is known to 1e-6 of its least value."""
+
+
+def _from_grams(spec: MatrixSpec, tasks: Tasks) -> Merged | None:
+    """All of it in the size of the sum of ranks, from one Gram of each side; None where these do not allow it."""
+    import torch
+
+    from ...adapters.model import Factors
+    from ...ops import small_svd, stack
+    from ...ops.spectral.factor_sides import both_sides, triangles
+
+    tol = spec.params["rank_tol"]
+    sides = both_sides(stack(tasks.factors)) if tol is None or tol >= 1e-6 else None
+    if sides is None or max(side.condition for side in sides) > INDEPENDENT:
+        return None
+    ranks = [f.rank for f in tasks.factors]
+    b, a = (triangles(side.gram, ranks) for side in sides)
+    weights = (sides[0].scale * sides[1].scale).split(ranks)  # type: ignore[no-untyped-call]
+    cores = [(left * w) @ right.mT for left, w, right in zip(b, weights, a, strict=True)]
+    found = small_svd(cores, cut_of(spec.params, spec.shape))
+    ks = [_size(spec, tasks, core.rank) for core in found]
+    # The tasks' singular vectors are sides[0].x @ lefts and sides[1].x @ rights, up to the scales of the sides.
+    lefts, rights = torch.zeros(2, sum(ranks), sum(ks), dtype=torch.float64)
+    row = column = 0
+    for left, right, core, k in zip(b, a, found, ks, strict=True):
+        at = slice(row, row + left.shape[0]), slice(column, column + k)
+        lefts[at] = torch.linalg.solve_triangular(left, core.u[:, :k], upper=True)
+        rights[at] = torch.linalg.solve_triangular(right, core.vh[:k].mT, upper=True)
+        row, column = at[0].stop, at[1].stop
+    turned = []
+    for side, vectors in zip(sides, (lefts, rights), strict=True):
+        squares, turn = torch.linalg.eigh(vectors.mT @ (side.gram @ vectors))
+        turned.append(vectors @ ((turn * squares.rsqrt()) @ turn.mT))
+    values = torch.cat([core.s[:k] for core, k in zip(found, ks, strict=True)])
+    report = {"rank": sum(ks), "polar": "core", "k": ks, "route": "factors"}
+    return Merged(Factors(sides[0].times(turned[0] * values), sides[1].rows(turned[1])), report)
 
 
 def _orthogonal(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .sharded import Matrix, Sharded, blocks
+from .sharded import BLOCK, Matrix, Sharded, blocks
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["gram", "plain_gram", "symmetric", "times"]
+__all__ = ["gram", "plain_gram", "row_gram", "short_gram", "symmetric", "times"]
 
 TILE = 256
 """Columns of one tile of a Gram; only tiles on and above the diagonal are multiplied."""
+
+NARROW = 64
+"""The same, of a Gram of up to TILE columns."""
 
 
 def gram(x: Matrix) -> torch.Tensor:
@@ -27,6 +30,32 @@ def gram(x: Matrix) -> torch.Tensor:
     total = torch.zeros((n, n), dtype=torch.float64, device=x.device)
     for block in blocks(x, torch.float64):
         _upper_tiles(block, total)
+    return symmetric(total)
+
+
+def row_gram(x: torch.Tensor) -> torch.Tensor:
+    """X X^T in float64, (m, m), exactly symmetric, of a float matrix (m, n) whose rows lie in one piece."""
+    import torch
+
+    m, n = x.shape
+    total = torch.zeros((m, m), dtype=torch.float64, device=x.device)
+    for start in range(0, n, BLOCK):
+        _upper_tiles(x[:, start : start + BLOCK].to(torch.float64).mT, total)
+    return symmetric(total)
+
+
+def short_gram(x: torch.Tensor, rows: bool) -> torch.Tensor:
+    """X^T X, or X X^T with `rows`, in float64 of products of float32 matrices at most 1024 long in themselves."""
+    import torch
+
+    c = x.shape[0] if rows else x.shape[1]
+    total = torch.zeros((c, c), dtype=torch.float64)
+    part = torch.empty((c, c), dtype=x.dtype)
+    for piece in x.split(1024, 1 if rows else 0):  # type: ignore[no-untyped-call]
+        tall = piece.mT if rows else piece
+        for i in range(0, c, NARROW):
+            torch.mm(tall[:, i : i + NARROW].mT, tall[:, i:], out=part[i : i + NARROW, i:])
+        total += part
     return symmetric(total)
 
 
@@ -52,8 +81,9 @@ def plain_gram(parts: list[torch.Tensor], whole: bool = True) -> torch.Tensor:
 def _upper_tiles(block: torch.Tensor, total: torch.Tensor) -> None:
     """Adds block^T block to the tiles of `total` on and above the diagonal: one product for a whole row of tiles."""
     n = block.shape[1]
-    for i in range(0, n, TILE):
-        total[i : i + TILE, i:].addmm_(block[:, i : i + TILE].mT, block[:, i:])
+    tile = TILE if n > TILE else NARROW
+    for i in range(0, n, tile):
+        total[i : i + tile, i:].addmm_(block[:, i : i + tile].mT, block[:, i:])
 
 
 def symmetric(upper: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ...errors import ArgumentError
 from .batching import groups, one_or_many
 from .cuts import check_tol, rank_cut
+from .factor_sides import both_sides, departure, product_of
 from .gram import gram, times
 from .iterations import extremes, newton_schulz, probes, qdwh
 from .qr import tall_qr
@@ -285,18 +286,20 @@ def _batched(x: Any, tol: float | None, route: str, nuclear: bool) -> list[Polar
 
 
 def _core(x: Factors, what: str, tol: float | None, nuclear: bool) -> Polar:
-    import torch
-
     from ...adapters.model import Factors
 
-    check_matrix(x.b, f"b of {what}")
-    check_matrix(x.a, f"a of {what}")
-    left, right = tall_qr(x.b), tall_qr(x.a.mT)  # equal columns: b and a need no balance
-    core = small_svd(left.r @ right.r.mT, tol)
-    k = core.rank
-    u, vh = core.u[:, :k].to(x.b.dtype), core.vh[:k].to(x.a.dtype)
-    p = Factors(left.q @ u, vh @ right.q.mT)
-    # b and a' are isometries; what is missing shows in the k x k Grams alone.
-    z = (p.b.mT @ p.b) @ (p.a @ p.a.mT)
-    off = torch.linalg.matrix_norm(z - torch.eye(k, dtype=z.dtype, device=z.device)) if k else 0.0
-    return Polar(p, k, float(core.s[:k].sum()) if nuclear else None, float(off) / max(k, 1) ** 0.5, "core")
+    sides = both_sides(x) if tol is None or tol >= FLOOR else None
+    if sides is not None:
+        found = product_of(*sides)
+        s = found.s
+        k = int((s > check_tol(tol, rank_cut(x.rank, x.rank)) * s[0]).sum())
+        p = Factors(sides[0].times(found.left[:, :k]), sides[1].rows(found.right[:, :k]))
+    else:
+        check_matrix(x.b, f"b of {what}")
+        check_matrix(x.a, f"a of {what}")
+        left, right = tall_qr(x.b), tall_qr(x.a.mT)  # equal columns: b and a need no balance
+        core = small_svd(left.r @ right.r.mT, tol)
+        k, s = core.rank, core.s
+        p = Factors(left.q @ core.u[:, :k].to(x.b.dtype), core.vh[:k].to(x.a.dtype) @ right.q.mT)
+    off = departure(p.b, p.a) if k else 0.0
+    return Polar(p, k, float(s[:k].sum()) if nuclear else None, off / max(k, 1) ** 0.5, "core")
