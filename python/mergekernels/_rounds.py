@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from . import _cpu
 from ._backends.dispatch import Backend, require
+from ._keeping import Kept
 from ._methods.protocol import Coeffs, Method, Round, Spec, Stats
 from .ops.assembly import alignment, parts
 from .ops.inputs import Inputs
@@ -25,9 +26,17 @@ __all__ = ["resolve_scope", "run_divergence", "run_gram", "run_reduce"]
 
 
 def resolve_scope(
-    method: Method, specs: Sequence[Spec], tensors: Sequence[Inputs], backend: Backend, threads: int, nan: str
+    method: Method,
+    specs: Sequence[Spec],
+    tensors: Sequence[Inputs],
+    backend: Backend,
+    threads: int,
+    nan: str,
+    kept: list[Kept] | None = None,
 ) -> Coeffs:
     """Run the rounds of one scope: all its tensors, in scope order. The specs differ only in their tensor.
+
+    kept : gets what the last summing round kept, where the scope is one whole tensor and it is worth remembering.
 
     Raises
     ------
@@ -35,7 +44,7 @@ def resolve_scope(
     """
     state = method.start(specs[0])
     while isinstance(state, Round):
-        stats, visited = _run(method, state, specs, tensors, backend, threads, nan)
+        stats, visited = _run(method, state, specs, tensors, backend, threads, nan, kept)
         state = method.resolve(specs[0], state, stats, visited)
     return state
 
@@ -48,6 +57,7 @@ def _run(
     backend: Backend,
     threads: int,
     nan: str,
+    kept: list[Kept] | None,
 ) -> tuple[Stats, int]:
     n = specs[0].scope.n
     if state.op == "select":
@@ -63,7 +73,11 @@ def _run(
     for spec, inputs in zip(specs, tensors, strict=True):
         if state.op == "reduce":
             assert state.reduce is not None and state.coeffs is not None
-            found = run_reduce(method.apply(spec, state.coeffs), state.reduce, inputs, backend, threads)
+            program = method.apply(spec, state.coeffs)
+            bits = None if kept is None else Kept.of(backend, program, inputs.n, 8 * inputs.n)
+            if kept is not None:
+                kept[:] = [] if bits is None else [bits]
+            found = run_reduce(program, state.reduce, inputs, backend, threads, bits)
         elif state.op == "gram":
             assert state.gram is not None
             found = run_gram(state.gram, inputs, backend, threads)
@@ -76,14 +90,22 @@ def _run(
 
 
 def run_reduce(
-    program: Program, request: Reduce, inputs: Inputs, backend: Backend, threads: int
+    program: Program, request: Reduce, inputs: Inputs, backend: Backend, threads: int, kept: Kept | None = None
 ) -> tuple[array[float], ...]:
-    """The sums of a program over one tensor, one array of one number per slot."""
+    """The sums of a program over one tensor, one array of one number per slot. kept : gets what is kept."""
     require(backend, program.features | {"reduce"})
     sums = _cpu.BlockSums(request.num_slots(len(program.weights)), 1, inputs.n)
     for part in parts(inputs, alignment(program.slab)):
         backend.reduce(
-            program, request, sums, part.flat, part.base, part.models, compute=inputs.compute, threads=threads
+            program,
+            request,
+            sums,
+            part.flat,
+            part.base,
+            part.models,
+            compute=inputs.compute,
+            threads=threads,
+            kept=() if kept is None else kept.views(part.flat),
         )
     return _fold(sums)
 

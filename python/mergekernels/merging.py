@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ._backends.dispatch import pick, requested
+from ._keeping import Kept
 from ._matrix_call import MatrixCall
 from ._methods import get
 from ._methods.arguments import bind
@@ -182,12 +183,18 @@ def merge_one(
 ) -> Any:
     """Write one merged tensor (a list of shards for sharded inputs); resolve it first unless `coeffs` are given."""
 
-    _, backend = pick("stream", inputs.all_views, call.backend)
+    name, backend = pick("stream", inputs.all_views, call.backend)
+    # What a summing round draws or ranks is not drawn or ranked again where the bits lie in host memory, in one piece.
+    kept: list[Kept] | None = [] if name == "cpu" and not inputs.sharded else None
     if coeffs is None:
-        coeffs = resolve_scope(call.method, [spec], [inputs], backend, call.threads, call.nan)
+        coeffs = resolve_scope(call.method, [spec], [inputs], backend, call.threads, call.nan, kept)
     dtype = output_dtype(spec, inputs, out_dtype)
     outs = outputs(inputs, dtype, out)
-    run_program(call.method.apply(spec, coeffs), inputs, outs, backend, call.threads, call.nan)
+    program = call.method.apply(spec, coeffs)
+    if kept:
+        run_program(kept[0].marked(program), inputs, outs, backend, call.threads, call.nan, marks=kept[0].views)
+    else:
+        run_program(program, inputs, outs, backend, call.threads, call.nan)
     return outs if inputs.sharded else outs[0]
 
 

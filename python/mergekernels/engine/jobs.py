@@ -7,13 +7,13 @@ from math import isfinite, prod, sqrt
 
 from .._backends.dispatch import require
 from .._cpu import StreamStats
+from .._keeping import Kept
 from .._methods.protocol import Coeffs, Round
 from ..errors import ArgumentError
 from ..ops.program import Program
 from ..ops.sums import Sums
 from ..tensors import CANONICAL_BLOCK
 from .context import Context, OpenTensor, Worker
-from .keeping import Kept
 from .measure import Search, Shared, Sharing, measure_of, new_shared
 from .needs import Needs, is_sum, of_program, of_round, of_tensor
 from .passes import Measure, refuse

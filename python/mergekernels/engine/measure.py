@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from .._backends.dispatch import require
 from .._cpu import StreamStats, SweepStats
+from .._keeping import Kept
 from .._methods.protocol import Method, Round, Spec
 from ..ops.program import Program
 from ..ops.select import new_stats
@@ -13,7 +14,6 @@ from ..ops.selection import SAMPLE_BLOCK, Selection
 from ..ops.sweeps import Sweep
 from ..tensors import Piece, TensorView
 from .context import Context, OpenTensor, Worker
-from .keeping import Kept
 from .memory import ENTRY_BYTES, MIN_ENTRIES
 from .needs import num_slots, of_round
 from .passes import Measure

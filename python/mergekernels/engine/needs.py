@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .._keeping import kept_bytes
 from .._methods.protocol import Coeffs, Method, Round, Spec
 from ..ops.program import Program, Table
 from ..ops.selection import Selection
 from ..ops.sums import Segments
 from ..ops.sweeps import NUM_BINS
 from ..tensors import CANONICAL_BLOCK
-from .keeping import kept_bytes
 from .memory import ENTRY_BYTES, MIN_ENTRIES, WAVE_COPIES
 from .tiling import least_of_gram, roomy_of_gram, slab_unit
 

@@ -8,11 +8,11 @@ from math import isfinite
 from typing import TypeAlias
 
 from .._cpu import BlockSums
+from .._keeping import Kept
 from .._methods.protocol import Round, Spec
 from ..ops.program import Program
 from ..ops.sums import Gram, Reduce
 from .context import Context, OpenTensor, Worker
-from .keeping import Kept
 from .needs import sum_segments
 from .passes import Measure
 from .tiling import Tiling, flat, gram_tiling, slab_unit

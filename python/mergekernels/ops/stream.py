@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from .. import _cpu
@@ -10,7 +10,7 @@ from .._backends.dispatch import Backend, pick, requested, require
 from .._checks import check_out, nonfinite
 from .._native import torch_dtype, view_of
 from ..errors import ArgumentError
-from ..tensors import promote
+from ..tensors import Piece, TensorView, promote
 from .arguments import check_choice, check_range
 from .assembly import parts, scatter
 from .inputs import Inputs, gather, num_threads
@@ -34,8 +34,11 @@ def run_program(
     threads: int,
     nan: str,
     stats: StreamStats | None = None,
+    marks: Callable[[Piece], Sequence[TensorView | None]] | None = None,
 ) -> None:
     """Run a program over all shards of one tensor; without `outs` only the statistics are taken.
+
+    marks : for a program with marks, gives those of a piece; the tensor is whole then.
 
     Raises
     ------
@@ -45,14 +48,17 @@ def run_program(
     if stats is None and nan == "error":
         stats = _cpu.StreamStats(inputs.num_models, 0)
     if program.slab > 1:
-        _by_slabs(program, inputs, outs, backend, threads, stats)
+        _by_slabs(program, inputs, outs, backend, threads, stats, marks)
     else:
         for shard, piece in enumerate(inputs.pieces):
             if piece.numel == 0:
                 continue
             base, models = inputs.views(shard)
             out = None if outs is None else view_of(outs[shard])
-            backend.stream(program, piece, base, models, out, compute=inputs.compute, stats=stats, threads=threads)
+            bits = () if marks is None else marks(piece)
+            backend.stream(
+                program, piece, base, models, out, compute=inputs.compute, stats=stats, threads=threads, marks=bits
+            )
     if nan == "error" and stats is not None:
         refuse_nonfinite(stats, inputs)
 
@@ -64,6 +70,7 @@ def _by_slabs(
     backend: Backend,
     threads: int,
     stats: StreamStats | None,
+    marks: Callable[[Piece], Sequence[TensorView | None]] | None,
 ) -> None:
     """The pass in parts that keep rows whole."""
     import torch
@@ -76,7 +83,15 @@ def _by_slabs(
             result = torch.empty(part.count, dtype=outs[0].dtype, device=outs[0].device)
             out = view_of(result)
         backend.stream(
-            program, part.flat, part.base, part.models, out, compute=inputs.compute, stats=stats, threads=threads
+            program,
+            part.flat,
+            part.base,
+            part.models,
+            out,
+            compute=inputs.compute,
+            stats=stats,
+            threads=threads,
+            marks=() if marks is None else marks(part.flat),
         )
         if outs is not None and result is not None:
             scatter(inputs, part, result, outs)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .._backends.dispatch import Backend
-from .._cpu import Buffer
-from ..ops.keep import Draw, KeepRule, Marked, RankBand, RankDraw
-from ..ops.program import Program
-from ..tensors import DType, Piece, TensorView
+from ._backends.dispatch import Backend
+from ._cpu import Buffer
+from .ops.keep import Draw, KeepRule, Marked, RankBand, RankDraw
+from .ops.program import Program
+from .tensors import DType, Piece, TensorView
 
 __all__ = ["Kept", "kept_bytes"]
 
