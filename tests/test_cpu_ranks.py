@@ -115,3 +115,13 @@ RANKED = [c for c in program_cases() if "rank" in c.program.features]
 @pytest.mark.parametrize("case", RANKED, ids=by_name)
 def test_programs(case: ProgramCase) -> None:
     check_program(cpu, case, threads=2, pieces="cut")
+
+
+@pytest.mark.slow
+def test_rows_of_millions() -> None:
+    """Such rows have more bins. One value is a seventh of the row, so that a bin is put in order by ties."""
+    n = 2_100_001
+    x = torch.randn(n, generator=torch.Generator().manual_seed(3))
+    x[::7] = 0.5
+    program = Program((1.0,), (RankDraw(1 << 28, 1 << 29, 0),), base=False, rows=Rows(n), seed=1)
+    assert bits_of(cpu, program, [x], F32, 1) == bits_of(reference, program, [x], F32, 1)

@@ -151,8 +151,14 @@ struct RankArgs {
   void* scratch;      // rank_scratch_bytes(length, stride), aligned to 64
 };
 
+constexpr int kRankBins = 65536;  // of a row, at most
+
+// Bins in which the keys of a row are counted, at most. In a long row more of them, so that each holds few elements:
+// those that share a bin with one that the counts leave open are looked at again.
+constexpr int most_rank_bins(std::int64_t length) { return length > (std::int64_t(1) << 21) ? kRankBins : 8192; }
+
 constexpr std::int64_t rank_scratch_bytes(std::int64_t length, std::int64_t) {
-  return (length + 2 * kBlock) * 80 + 196608;
+  return (length + 2 * kBlock) * 80 + 24 * std::int64_t(most_rank_bins(length));
 }
 
 // Up to this many models have all pairs of a Gram matrix summed at once.
