@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from mergekernels import MergeError, factorise_adapters, merge_adapters
-from mergekernels._methods.adapters.tc_lora import TcLora
 from mergekernels._methods.matrix import Merged
+from mergekernels._methods.matrix_table import get_matrix
 from mergekernels.adapters import job as job_module
-from mergekernels.ops import cp_als
+from mergekernels.ops import cluster, cp_als
 from stacks import model, random_stack, relative
 
 SHAPES = {"l.0.q": (20, 15), "l.1.q": (20, 15), "l.2.q": (20, 15), "l.0.k": (12, 15), "l.1.k": (12, 15)}
@@ -34,37 +34,45 @@ def adapters(count: int = 5) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("options", [{}, {"dialect": "code", "cp_rank": 2}, {"normalize": "fro", "cp_rank": 2}])
-def test_modules_together_are_modules_alone(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
-    options = {**options, "n_starts": 2, "max_iter": 30}
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("tc_lora", {"n_starts": 2, "max_iter": 30}),
+        ("tc_lora", {"n_starts": 2, "max_iter": 30, "dialect": "code", "cp_rank": 2}),
+        ("tc_lora", {"n_starts": 2, "max_iter": 30, "normalize": "fro", "cp_rank": 2}),
+        ("lora_lego", {}),
+        ("lora_lego", {"features": "unit", "sign": "adaptive", "k": 2}),
+    ],
+)
+def test_modules_together_are_modules_alone(
+    monkeypatch: pytest.MonkeyPatch, method: str, options: dict[str, Any]
+) -> None:
     given = adapters()
-    if options.get("dialect") == "code":
+    if "dialect" in options:
         given = given[::2][:-1]  # of equal ranks
     calls: list[int] = []
-    whole = TcLora.merge_together
+    kind = type(get_matrix(method, "adapters"))
+    whole = kind.merge_together
 
-    def counted(self: TcLora, specs: Any, deltas: Any) -> list[Merged]:
+    def counted(self: Any, specs: Any, deltas: Any) -> list[Merged]:
         calls.append(len(specs))
         return whole(self, specs, deltas)
 
-    monkeypatch.setattr(TcLora, "merge_together", counted)
-    together = merge_adapters(given, "tc_lora", **options)
-    assert calls == [5]
-    monkeypatch.setattr(job_module, "_BATCH_BYTES", 4 * 35 * 6 * 2)
-    calls.clear()
-    some = merge_adapters(given, "tc_lora", **options)
-    assert len(calls) > 1 and sum(calls) == 5
-    monkeypatch.setattr(job_module, "_BATCH_BYTES", 1)
-    calls.clear()
-    alone = merge_adapters(given, "tc_lora", **options)
-    assert calls == [1] * 5
+    monkeypatch.setattr(kind, "merge_together", counted)
+    found = []
+    for size in (128 << 20, 4 * 35 * 6 * 2, 1):  # all together, some, each alone
+        monkeypatch.setattr(job_module, "_BATCH_BYTES", size)
+        calls.append(0)
+        found.append(merge_adapters(given, method, **options))
+    assert [calls.count(0), sum(calls)] == [3, 15] and calls[:3] == [0, 5, 0] and calls[-6:] == [0, 1, 1, 1, 1, 1]
+    assert len(calls) > 3 + 5 + 2  # several batches in the second
     for name in SHAPES:
-        for other in (some, alone):
-            assert relative(other.delta(name), together.delta(name)) < 1e-5
-            one, two = (x.report.modules[name] for x in (other, together))
+        for other in found[1:]:
+            assert relative(other.delta(name), found[0].delta(name)) < 1e-5
+            one, two = (x.report.modules[name] for x in (other, found[0]))
             assert one.rank == two.rank and one.warnings == two.warnings and one.details.keys() == two.details.keys()
-            fit = "a_fit" if "dialect" in options else "fit"
-            assert one.details[fit] == pytest.approx(two.details[fit], abs=1e-7)
+            for key in {"a_fit", "fit", "inertia"} & one.details.keys():
+                assert one.details[key] == pytest.approx(two.details[key], abs=1e-7)
 
 
 def test_a_failure_in_a_batch_names_its_module() -> None:
@@ -82,7 +90,7 @@ def permuted(items: Sequence[Any]) -> list[Any]:
     return [items[t] for t in (3, 0, 4, 2, 1)]
 
 
-@pytest.mark.parametrize("method", ["tc_lora", "compress_then_merge"])
+@pytest.mark.parametrize("method", ["tc_lora", "lora_lego", "compress_then_merge"])
 def test_the_order_of_adapters_does_not_matter(method: str) -> None:
     """Random stacks, whose fit depends on the start: 2 % between orders where starts are drawn by position."""
     given = adapters()
@@ -108,3 +116,12 @@ def test_the_order_of_factorised_adapters_does_not_matter() -> None:
     shared = [factorise_adapters(given, 4, max_iter=20) for given in (adapters(), permuted(adapters()))]
     for name in SHAPES:
         assert shared[0].fit[name] == pytest.approx(shared[1].fit[name], abs=1e-9)
+
+
+@pytest.mark.parametrize("sign", ["none", "adaptive"])
+def test_the_order_of_points_does_not_matter(sign: str) -> None:
+    x = torch.randn(60, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(2))
+    want, found = cluster(x, 6, n_starts=2, sign=sign), cluster(x[order], 6, n_starts=2, sign=sign)
+    assert torch.equal(found.labels, want.labels[order]) and torch.equal(found.signs, want.signs[order])
+    assert found.inertia == pytest.approx(want.inertia, rel=1e-12)

@@ -42,6 +42,23 @@ def test_inertia_is_true_falls_and_labels_are_nearest() -> None:
     assert torch.equal(torch.cdist(x, centres).argmin(1), found.labels)
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_no_move_of_a_single_point_lowers_the_inertia(adaptive: bool) -> None:
+    """Lloyd's steps alone stop above this."""
+    x = points(60, 12, 1)
+    found = cluster(x, 6, n_starts=3, sign="adaptive" if adaptive else "none")
+    signed = x * found.signs[:, None]
+    assert found.inertia == pytest.approx(inertia_of(signed, found.labels), rel=1e-10)
+    for i, own in enumerate(found.labels.tolist()):
+        if found.sizes[own] == 1:
+            continue
+        for c in range(6):
+            for sign in (1.0, -1.0) if adaptive else (1.0,):
+                labels, other = found.labels.clone(), signed.clone()
+                labels[i], other[i] = c, other[i] * sign
+                assert inertia_of(other, labels) >= found.inertia * (1.0 - 1e-9)
+
+
 def test_separated_groups_are_found_whatever_the_signs() -> None:
     centres = 20.0 * points(5, 8, 2)
     x = centres.repeat_interleave(6, 0) + points(30, 8, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..factor_space import all_factors
@@ -14,7 +15,8 @@ from .common import FOLD_SCALE, LAMBDA, MANY
 if TYPE_CHECKING:
     import torch
 
-    from ...adapters.model import Delta
+    from ...adapters.model import Delta, Factors
+    from ...ops import Clusters
 
 __all__ = ["LoraLego"]
 
@@ -92,55 +94,100 @@ class LoraLego(PerMatrix):
 
     def merge(self, spec: MatrixSpec, deltas: Sequence[Delta], state: Any = None) -> Merged:
         """Balance, cluster, average."""
+        return self.merge_together([spec], [deltas])[0]
+
+    def merge_together(self, specs: Sequence[MatrixSpec], deltas: Sequence[Sequence[Delta]]) -> list[Merged]:
+        """The units of all modules, clustered in one batch."""
         import torch
 
-        from ...adapters.model import Factors
         from ...ops.tensor.cluster import cluster, cluster_gram
 
-        factors = all_factors(deltas)
-        assert factors is not None
-        params = spec.params
-        total = sum(f.rank for f in factors)
-        b = torch.cat([f.b for f in factors], 1)
-        a = torch.cat([f.a for f in factors], 0)
-        b, a, features = _units(b, a, params["features"])
-        count = a.shape[0]
-        if count == 0:
-            return Merged(factors[0] if total == 0 else Factors(b, a), {"units": 0, "k": 0})
-        if params["sign"] == "canonical":
-            turn = torch.where(a.gather(1, a.abs().argmax(1)[:, None]) < 0, -1.0, 1.0).to(a)
-            b, a = b * turn[:, 0], a * turn
-            features = (features[0] * turn[:, 0], features[1] * turn)
-        r = total / len(factors)
-        k = min(params["k"] or max(1, round(r)), count)
-        left, right = (x.double() for x in features)
-        options: dict[str, Any] = {"n_starts": params["n_starts"], "max_iter": params["max_iter"], "seed": spec.seed}
-        options["sign"] = "adaptive" if params["sign"] == "adaptive" else "none"
-        if count > 8192:  # the Gram of so many units would be larger than they are
-            found = cluster(torch.cat([left.mT, right], 1), k, **options)
-        else:
-            found = cluster_gram([left.mT @ left + right @ right.mT], k, **options)[0]
-        member = torch.nn.functional.one_hot(found.labels, k).to(torch.float64) * found.signs[:, None]
-        share = member / member.abs().sum(0)
-        mu_b, mu_a = b.double() @ share, share.mT @ a.double()
-        if params["reweight"]:
-            size = torch.maximum(b.abs().amax(0), a.abs().amax(1)).double()
-            largest = torch.maximum(mu_b.abs().amax(0), mu_a.abs().amax(1))
-            gain = torch.where(largest > 0, (share.abs().mT @ size) / largest, torch.ones_like(largest))
-            mu_b, mu_a = mu_b * gain, mu_a * gain[:, None]
-        scale = {"sqrt_r_k": r / k, "sqrt_R_k": total / k, "none": 1.0}[params["output"]] ** 0.5
-        report = {
-            "units": count,
-            "zero_units": total - count,
-            "k": k,
-            "inertia": found.inertia,
-            "steps": found.steps,
-            "sizes": found.sizes,
-        }
-        warnings: tuple[str, ...] = ()
-        if not found.converged:
-            warnings = (f"{spec.name}: k-means did not settle in {params['max_iter']} steps",)
-        return Merged(Factors((mu_b * scale).to(b.dtype), mu_a.to(a.dtype)), report, warnings)
+        pools = [_pool(spec, given) for spec, given in zip(specs, deltas, strict=True)]
+        found: dict[int, Clusters] = {}
+        for k, large in sorted({(pool.k, pool.large) for pool in pools if pool.k}):
+            chosen = [i for i, pool in enumerate(pools) if (pool.k, pool.large) == (k, large)]
+            params, seed = specs[0].params, specs[0].seed
+            options: dict[str, Any] = {"n_starts": params["n_starts"], "max_iter": params["max_iter"], "seed": seed}
+            options["sign"] = "adaptive" if params["sign"] == "adaptive" else "none"
+            halves = [tuple(x.double() for x in pools[i].features) for i in chosen]
+            if large:
+                clusters = cluster([torch.cat([left.mT, right], 1) for left, right in halves], k, **options)
+            else:
+                clusters = cluster_gram([left.mT @ left + right @ right.mT for left, right in halves], k, **options)
+            found |= zip(chosen, clusters, strict=True)
+        return [
+            _merged(spec, pool, found[i]) if i in found else Merged(pool.nothing, {"units": 0, "k": 0})
+            for i, (spec, pool) in enumerate(zip(specs, pools, strict=True))
+        ]
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """The units of one module that are not zero. b : (m, R). a : (R, n). features : what is compared, of these shapes.
+
+    k : clusters, 0 without units. total : sum of the ranks. models : adapters. nothing : the result without units.
+    """
+
+    b: torch.Tensor
+    a: torch.Tensor
+    features: tuple[torch.Tensor, torch.Tensor]
+    k: int
+    total: int
+    models: int
+    nothing: Factors
+
+    @property
+    def large(self) -> bool:
+        """Whether a Gram would be larger than the units are."""
+        return self.a.shape[0] > 8192
+
+
+def _pool(spec: MatrixSpec, deltas: Sequence[Delta]) -> _Pool:
+    import torch
+
+    from ...adapters.model import Factors
+
+    factors = all_factors(deltas)
+    assert factors is not None
+    params, total = spec.params, sum(f.rank for f in factors)
+    b, a, features = _units(torch.cat([f.b for f in factors], 1), torch.cat([f.a for f in factors]), params["features"])
+    count = a.shape[0]
+    if params["sign"] == "canonical" and count:
+        turn = torch.where(a.gather(1, a.abs().argmax(1)[:, None]) < 0, -1.0, 1.0).to(a)
+        b, a = b * turn[:, 0], a * turn
+        features = (features[0] * turn[:, 0], features[1] * turn)
+    k = min(params["k"] or max(1, round(total / len(factors))), count)
+    return _Pool(b, a, features, k, total, len(factors), factors[0] if total == 0 else Factors(b, a))
+
+
+def _merged(spec: MatrixSpec, pool: _Pool, found: Clusters) -> Merged:
+    """The centroids as an adapter."""
+    import torch
+
+    from ...adapters.model import Factors
+
+    params, b, a, k = spec.params, pool.b, pool.a, pool.k
+    member = torch.nn.functional.one_hot(found.labels, k).to(torch.float64) * found.signs[:, None]
+    share = member / member.abs().sum(0)
+    mu_b, mu_a = b.double() @ share, share.mT @ a.double()
+    if params["reweight"]:
+        size = torch.maximum(b.abs().amax(0), a.abs().amax(1)).double()
+        largest = torch.maximum(mu_b.abs().amax(0), mu_a.abs().amax(1))
+        gain = torch.where(largest > 0, (share.abs().mT @ size) / largest, torch.ones_like(largest))
+        mu_b, mu_a = mu_b * gain, mu_a * gain[:, None]
+    units = {"sqrt_r_k": pool.total / pool.models, "sqrt_R_k": pool.total, "none": k}[params["output"]]
+    report = {
+        "units": a.shape[0],
+        "zero_units": pool.total - a.shape[0],
+        "k": k,
+        "inertia": found.inertia,
+        "steps": found.steps,
+        "sizes": found.sizes,
+    }
+    warnings: tuple[str, ...] = ()
+    if not found.converged:
+        warnings = (f"{spec.name}: k-means did not settle in {params['max_iter']} steps",)
+    return Merged(Factors((mu_b * (units / k) ** 0.5).to(b.dtype), mu_a.to(a.dtype)), report, warnings)
 
 
 def _units(
