@@ -137,6 +137,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   bind_stats(m);
   bind_sums(m);
   bind_learned(m);
+  bind_tensor(m);
   bind_ops(m);
   bind_passes(m);
 }

@@ -45,3 +45,4 @@ void bind_sums(py::module_& m);
 // stream, reduce and mark.
 void bind_passes(py::module_& m);
 void bind_learned(py::module_& m);
+void bind_tensor(py::module_& m);

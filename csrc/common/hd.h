@@ -11,6 +11,22 @@
 #define MK_HD inline __attribute__((always_inline))
 #endif
 
+// Functions of a team of threads, which a host and a device compile.
+#if defined(__CUDACC__)
+#define MK_BLOCK __device__ __forceinline__
+#else
+#define MK_BLOCK inline
+#endif
+
+// Loops that must be unrolled (so that arrays live in registers), and loops that must not.
+#if defined(__CUDACC__)
+#define MK_UNROLL _Pragma("unroll")
+#define MK_ROLLED _Pragma("unroll 1")
+#else
+#define MK_UNROLL
+#define MK_ROLLED
+#endif
+
 namespace mergekernels {
 
 template <class To, class From>

@@ -2,6 +2,7 @@
 // cross.
 #pragma once
 
+#include "common/als.h"
 #include "common/dtype.h"
 #include "cpu/program.h"
 
@@ -212,6 +213,24 @@ struct ProductArgs {
   int compute;
 };
 
+// x f (rows x width) or with `inner` x^T f (cols x width), of x with rows x cols numbers, rows `pitch` apart, float or
+// double. f and out are double; width, f_pitch and out_pitch are multiples of kThinWidth.
+constexpr int kThinWidth = 8;
+
+struct ThinArgs {
+  const void* x;
+  const double* f;
+  double* out;
+  std::int64_t rows, cols, pitch, f_pitch, out_pitch, width;
+  int inner, dtype;
+};
+
+// Rows of the matrices of a problem of cp_als are this far apart, and the loop needs so many numbers of memory, zeros.
+MK_HD int als_pitch(const AlsShape& s) { return (s.width + kThinWidth - 1) / kThinWidth * kThinWidth; }
+MK_HD std::int64_t als_numbers(const AlsShape& s) {
+  return AlsRoom::numbers(s, als_pitch(s), 1, true) + (9 * std::int64_t(s.width) + s.most()) * als_pitch(s);
+}
+
 struct LearnedArgs;  // cpu/learned.h
 
 struct Kernels {
@@ -229,6 +248,9 @@ struct Kernels {
   void (*learned)(const LearnedArgs* args);
   void (*divergence)(const DivergenceArgs* args);
   void (*product)(const ProductArgs* args);
+  void (*thin)(const ThinArgs* args);
+  // One problem; memory: als_numbers() zeros, aligned to 64. args->far is set.
+  void (*als)(const AlsArgs* args, std::int64_t item, double* memory);
 };
 
 // The best instruction set first; `count` is set to their number. Only what this machine can run.

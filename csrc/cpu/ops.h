@@ -75,4 +75,19 @@ std::vector<double> divergence(std::int64_t length, const Piece& piece, const Vi
 // has the same bits whatever the piece.
 void product(const View& b, const View& a, const Piece& piece, const View& out, bool add, const Kernels& kernels);
 
+// One module of mttkrp. b: (m, R), at: (n, R), dense, float32 or float64; ranks: of each task, R in all; c, u, v: the
+// factors, dense float64 of `width` columns (the one of the mode is not read); out: float64, rows of the mode.
+struct MttkrpItem {
+  View b, at;
+  std::vector<std::int64_t> ranks;
+  const double *c, *u, *v;
+  double* out;
+};
+
+// See ops.mttkrp. Threads share modules and, within them, stretches of rows and columns that depend on the sizes alone.
+void mttkrp(const std::vector<MttkrpItem>& items, int mode, std::int64_t width, int threads, const Kernels& kernels);
+
+// All problems of a batch, one thread each at a time.
+void als(const AlsArgs& args, int threads, const Kernels& kernels);
+
 }  // namespace mergekernels

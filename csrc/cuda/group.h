@@ -6,15 +6,6 @@
 #include "common/philox.h"
 #include "common/program.h"
 
-// Loops that must be unrolled (so that arrays live in registers), and loops that must not.
-#if defined(__CUDACC__)
-#define MK_UNROLL _Pragma("unroll")
-#define MK_ROLLED _Pragma("unroll 1")
-#else
-#define MK_UNROLL
-#define MK_ROLLED
-#endif
-
 namespace mergekernels {
 
 constexpr int kGroup = 8;

@@ -4,12 +4,6 @@
 #include "common/jacobi.h"
 #include "cuda/group.h"
 
-#if defined(__CUDACC__)
-#define MK_BLOCK __device__ __forceinline__
-#else
-#define MK_BLOCK inline
-#endif
-
 namespace mergekernels {
 
 // A matrix in memory, elements at row * rows + column * columns.
