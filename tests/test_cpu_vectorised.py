@@ -144,4 +144,8 @@ def test_nothing_is_contracted(functions: dict[str, dict[str, list[tuple[int, st
     for isa, found in functions.items():
         assert found, f"no code for {isa}"
         for name, code in found.items():
-            assert not [op for _, op, _ in code if fused.match(op)], f"{isa} {name}"
+            operations = [(op, operands) for _, op, operands in code if fused.match(op)]
+            if name.startswith("thin_rows"):  # products with a stated bound, not of stated bits
+                assert operations and all(op.endswith("pd") and REGISTERS[isa] in x for op, x in operations)
+            else:
+                assert not operations, f"{isa} {name}"

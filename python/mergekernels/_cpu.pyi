@@ -245,6 +245,34 @@ def product(b: View, a: View, piece: Box, out: View, add: bool, isa: str) -> Non
     contiguous and of one dtype, float32 or float64; ValueError otherwise.
     """
 
+# (b, at, ranks, C, U, V, out): addresses of dense float64 factors, 0 for the one that is not read
+MttkrpModule = tuple[View, View, list[int], int, int, int, int]
+
+def mttkrp(modules: list[MttkrpModule], mode: int, width: int, threads: int, isa: str) -> None:
+    """See ops.mttkrp. b : (m, R), at : (n, R), contiguous, float32 or float64; out : float64, (rows of mode, width)."""
+
+# (b, a, state, history, report, norm2): addresses of float64 numbers, see csrc/common/als.h
+AlsProblem = tuple[int, int, int, int, int, float]
+
+def als(
+    problems: list[AlsProblem],
+    shape: tuple[int, int, int, int, int],
+    owner: int,
+    ends: int,
+    tol: float,
+    prox: float,
+    sweeps: int,
+    search: bool,
+    threads: int,
+    isa: str,
+) -> None:
+    """Up to `sweeps` sweeps of alternating least squares of each problem, one thread each at a time.
+
+    shape : tasks, sum of ranks R, rows of b (p) and of a (q), terms c. b : [p, R], a : [q, R]. owner : int32 [R], the
+    task of each column; ends : int32 [T + 1]. state : [T + p + q + 2 R, c], C, U and V are read and written. history :
+    [sweeps]. report : [6], read and written.
+    """
+
 def learned(
     pass_: int,
     groups: int,

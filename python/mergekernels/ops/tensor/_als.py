@@ -10,7 +10,7 @@ from ._sweeps import Batch, State, extrapolate, normalised, sweep
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Options", "Outcome", "run"]
+__all__ = ["PRUNE_AFTER", "Options", "Outcome", "alarm", "run"]
 
 PRUNE_AFTER = 10
 """Sweeps after which only the two best starts go on."""
@@ -89,8 +89,8 @@ def run(batch: Batch, c: torch.Tensor, u: torch.Tensor, v: torch.Tensor, options
                     histories[module][start].append(value)
                 finals[module][start] = value
         last = relative
-        if k % WATCH_EVERY == 0:
-            done = _watch(batch, state, level, done, safe[modules])
+        due = ~stopped if k % WATCH_EVERY == 0 else done & ~stopped
+        done = _watch(state, level, done, due, safe[modules])
         finished = done.all(1) if k < options.max_iter else torch.ones_like(done[:, 0])
         for i in finished.nonzero().flatten().tolist():
             best = int(last[i].argmin())
@@ -125,31 +125,41 @@ def run(batch: Batch, c: torch.Tensor, u: torch.Tensor, v: torch.Tensor, options
     return [o for o in outcomes if o is not None]
 
 
-def _alarm(state: State, size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(theta, growth) of each start: the least triple cosine of two components, and their norms over ||X||."""
+def alarm(c: torch.Tensor, u: torch.Tensor, v: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(theta, growth) of each start: the least triple cosine of two components, and their norms over ||X||.
+
+    c, u, v : (..., rows, c) with u and v of unit columns. size : ||X||, (...).
+    """
     import torch
 
-    norms = torch.linalg.vector_norm(state.c, dim=-2)
-    unit = state.c / torch.where(norms > 0, norms, torch.ones_like(norms))[..., None, :]
-    cosines = (unit.mT @ unit) * (state.u.mT @ state.u) * (state.v.mT @ state.v)
+    norms = torch.linalg.vector_norm(c, dim=-2)
+    unit = c / torch.where(norms > 0, norms, torch.ones_like(norms))[..., None, :]
+    cosines = (unit.mT @ unit) * (u.mT @ u) * (v.mT @ v)
     theta = cosines.flatten(-2).min(-1).values
-    return theta, norms.sum(-1) / size[:, None]
+    return theta, norms.sum(-1) / size
 
 
-def _watch(batch: Batch, state: State, level: torch.Tensor, done: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-    """Raises the ridge of starts whose components grow and cancel; they go on."""
-    theta, growth = _alarm(state, size)
-    bad = (theta < -0.95) & (growth > 5.0) & ~state.orthogonal
+def _watch(
+    state: State, level: torch.Tensor, done: torch.Tensor, due: torch.Tensor, size: torch.Tensor
+) -> torch.Tensor:
+    """Raises the ridge of starts in `due` whose components grow and cancel; they go on, converged or not."""
+    if not bool(due.any()):
+        return done
+    theta, growth = alarm(state.c, state.u, state.v, size[:, None])
+    bad = (theta < -0.95) & (growth > 5.0) & ~state.orthogonal & due
     if not bool(bad.any()):
         return done
     level += bad.long()
+    raised = bad.clone()
     for i, j in bad.nonzero().tolist():
         step = int(level[i, j])
         if step < len(RIDGES):
             state.ridge[i, j] = max(RIDGES[step], float(state.ridge[i, j]))
         elif state.u.shape[-1] <= state.u.shape[-2]:
             state.orthogonal[i, j] = True
-    return done & ~bad
+        else:
+            raised[i, j] = False  # nothing is left to be done
+    return done & ~raised
 
 
 def _outcome(
@@ -166,7 +176,7 @@ def _outcome(
     safe: torch.Tensor,
     modules: torch.Tensor,
 ) -> Outcome:
-    theta, growth = _alarm(state, safe[modules])
+    theta, growth = alarm(state.c, state.u, state.v, safe[modules][:, None])
     return Outcome(
         c=state.c[i, j],
         u=state.u[i, j],

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ...errors import ArgumentError, DataError
 from ..arguments import check_integer
 from ..spectral.batching import in_single_threads
-from ._als import Options, Outcome, run
+from ._als import Options, Outcome
+from ._fused import run
 from ._inputs import given_factors, scales_of
 from ._order import in_given_order, in_own_order
 from ._starts import gevd, hosvd, random_start

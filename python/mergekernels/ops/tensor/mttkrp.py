@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..._backends import _tensor
 from ..._backends import _triton_mttkrp as kernels
 from ...errors import ArgumentError, DataError
 from ..spectral.sharded import Sharded
@@ -27,15 +29,15 @@ def mttkrp(stack: Any, factors: Any, mode: int) -> Any:
     V (n, c)] for each module; the one of `mode` is not read and may be None.
     Returns M in float64, for a list of modules a list. B in row shards (A in column shards) take U (V) in the same
     shards or whole and return M of mode 1 (mode 2) whole; only P and S, (R, c), cross the cut.
-    On a GPU with Triton, float32 stacks are multiplied in float32 (error about R eps of the sums
-    of magnitudes); everything else in float64.
+    In float64 on the CPU, C++ for whole stacks and torch for shards: error within (m + R) 2^-52 (mode 2: n + R) of the
+    sums of magnitudes, whatever the threads. On a GPU float32 stacks are multiplied in float32, error within R 2^-23.
     Errors: ArgumentError, DataError for NaN or Inf.
     """
     if mode not in (0, 1, 2):
         raise ArgumentError("mode is not usable", code="mttkrp.mode", expected="0, 1 or 2", got=repr(mode))
-    if is_module(stack):
-        return _one(stacks_of(stack)[0], factors, mode)
     stacks = stacks_of(stack)
+    if is_module(stack):
+        return _all(stacks, [_checked(stacks[0], factors, mode)], mode)[0]
     if len(factors) != len(stacks):
         raise ArgumentError(
             "factors do not fit the stacks",
@@ -43,10 +45,11 @@ def mttkrp(stack: Any, factors: Any, mode: int) -> Any:
             expected=f"{len(stacks)} lists of three",
             got=str(len(factors)),
         )
-    return [_one(s, f, mode) for s, f in zip(stacks, factors, strict=True)]
+    return _all(stacks, [_checked(s, f, mode) for s, f in zip(stacks, factors, strict=True)], mode)
 
 
-def _one(stack: Stack, factors: Any, mode: int) -> torch.Tensor:
+def _checked(stack: Stack, factors: Any, mode: int) -> list[Any]:
+    """The factors in float64 on the device of the stack, None for the one of the mode."""
     import torch
 
     c, u, v = factors
@@ -76,17 +79,45 @@ def _one(stack: Stack, factors: Any, mode: int) -> torch.Tensor:
             expected="equal columns",
             got=", ".join(map(str, sorted(widths))),
         )
-    if isinstance(stack.b, torch.Tensor) and isinstance(stack.at, torch.Tensor) and kernels.serves(stack.b):
-        return _on_gpu(stack.b, stack.at, stack.ranks, wide, mode)
+    return wide
+
+
+def _all(stacks: Sequence[Stack], factors: Sequence[list[Any]], mode: int) -> list[torch.Tensor]:
+    """Modules that native code takes in one call for each width, the others one after the other."""
+    import torch
+
+    found: list[torch.Tensor | None] = [None] * len(stacks)
+    batches: dict[tuple[str, int], list[int]] = {}
+    for i, (stack, wide) in enumerate(zip(stacks, factors, strict=True)):
+        if isinstance(stack.b, torch.Tensor) and isinstance(stack.at, torch.Tensor):
+            width = next(int(x.shape[1]) for x in wide if x is not None)
+            if _tensor.serves_products(stack.b, stack.at, width):
+                batches.setdefault((str(stack.b.device), width), []).append(i)
+                continue
+            if kernels.serves(stack.b):
+                found[i] = _by_triton(stack.b, stack.at, stack.ranks, wide, mode)
+                continue
+        found[i] = _by_torch(stack, wide, mode)
+    for (_, width), members in batches.items():
+        modules = [(stacks[i].b, stacks[i].at, stacks[i].ranks, factors[i]) for i in members]
+        for i, product in zip(members, _tensor.mttkrp(modules, mode, width), strict=True):
+            found[i] = product
+    return [x for x in found if x is not None]
+
+
+def _by_torch(stack: Stack, factors: list[Any], mode: int) -> torch.Tensor:
+    """In float64, by the library: what the other routes are compared with."""
     members = Tasks(stack.ranks)
     if mode == 1:
-        return _times(stack.b, _inner(stack.at, wide[2]) * members.rows(wide[0]))
+        return _times(stack.b, _inner(stack.at, factors[2]) * members.rows(factors[0]))
     if mode == 2:
-        return _times(stack.at, _inner(stack.b, wide[1]) * members.rows(wide[0]))
-    return members.total(_inner(stack.at, wide[2]) * _inner(stack.b, wide[1]))
+        return _times(stack.at, _inner(stack.b, factors[1]) * members.rows(factors[0]))
+    return members.total(_inner(stack.at, factors[2]) * _inner(stack.b, factors[1]))
 
 
-def _on_gpu(b: torch.Tensor, at: torch.Tensor, ranks: tuple[int, ...], factors: list[Any], mode: int) -> torch.Tensor:
+def _by_triton(
+    b: torch.Tensor, at: torch.Tensor, ranks: tuple[int, ...], factors: list[Any], mode: int
+) -> torch.Tensor:
     """Thin products by the library in float32, the gather by task fused with what follows."""
     import torch
 

@@ -1,0 +1,143 @@
+"""Native least squares and products of stacks: which code serves a call, and the call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from .. import _cpu
+from . import _cuda_launches as launches
+from . import cuda_small
+from ._cuda_plan import address
+from ._isa import isa
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["LARGE", "NUMBERS", "least_squares", "mttkrp", "room", "serves_products"]
+
+NUMBERS = 6
+"""Of the report of a start: err / ||X||, whether it has ended (2: it needs an orthonormal out factor), sweeps, longer
+steps, alarms, ridge."""
+
+LARGE = 1 << 21
+"""Numbers in a core from which one problem is worth several threads of a library."""
+
+
+def least_squares(
+    b: torch.Tensor, a: torch.Tensor, ranks: Sequence[int], width: int, problems: int
+) -> Callable[..., Any] | None:
+    """What runs sweeps of cores b (N, p, R) and a (N, q, R), float64; None if tensor operations are better or needed.
+
+    On the CPU, native code has one thread for each problem: not for cores of `LARGE` numbers with fewer problems than
+    threads, and without a fused multiply-add (the instruction set "base") not for more than 32 terms. On an NVIDIA GPU
+    the state of a problem must fit on the chip.
+    The result takes (the problems, starts per module, norm2, state, history, report, options, sweeps).
+    """
+    import torch
+
+    shape = (len(ranks), sum(ranks), int(b.shape[1]), int(a.shape[1]), width)
+    if str(b.dtype) != "torch.float64" or min(shape) < 1:
+        return None
+    if b.device.type == "cpu":
+        if not hasattr(_cpu, "als"):
+            return None
+        if b[0].numel() + a[0].numel() > LARGE and problems < torch.get_num_threads():
+            return None
+        if isa() == "base" and width > 32:
+            return None
+        return partial(_launch, b.contiguous(), a.contiguous(), tuple(ranks), shape, None)
+    if cuda_small.why_not(b.device) is not None:
+        return None
+    fitting = room(shape, launches.queue_of(b)[0])
+    if fitting is None:
+        return None
+    return partial(_launch, b.contiguous(), a.contiguous(), tuple(ranks), shape, fitting)
+
+
+def room(shape: tuple[int, int, int, int, int], device: int) -> bool | None:
+    """Whether a problem's cores stay in global memory; None if not even its state fits on the chip of the device.
+
+    shape : tasks, sum of ranks, rows of both cores, terms.
+    """
+    native = launches.native()
+    limit = native.jacobi_limit(device)
+    return next((far for far in (False, True) if native.als_room(shape, far) <= limit), None)
+
+
+def _launch(
+    b: torch.Tensor,
+    a: torch.Tensor,
+    ranks: tuple[int, ...],
+    shape: tuple[int, int, int, int, int],
+    far: bool | None,
+    problems: Sequence[int],
+    starts: int,
+    norm2: torch.Tensor,
+    state: torch.Tensor,
+    history: torch.Tensor,
+    report: torch.Tensor,
+    options: Any,
+    sweeps: int,
+) -> None:
+    """Up to `sweeps` sweeps of each problem; far None: on the CPU."""
+    import torch
+
+    counts = torch.tensor(ranks)
+    owner = torch.repeat_interleave(torch.arange(len(ranks), dtype=torch.int32), counts).to(b.device)
+    ends = torch.tensor([0, *ranks], dtype=torch.int64).cumsum(0).to(torch.int32).to(b.device)
+    size, each = norm2.tolist(), 8 * state[0].numel()
+    table = [
+        (
+            b.data_ptr() + 8 * b[0].numel() * (i // starts),
+            a.data_ptr() + 8 * a[0].numel() * (i // starts),
+            state.data_ptr() + each * i,
+            history.data_ptr() + 8 * sweeps * row,
+            report.data_ptr() + 8 * NUMBERS * i,
+            size[i // starts],
+        )
+        for row, i in enumerate(problems)
+    ]
+    common = (shape, owner.data_ptr(), ends.data_ptr(), options.tol, options.prox, sweeps, options.search)
+    if far is None:
+        _cpu.als(table, *common, torch.get_num_threads(), isa())
+        return
+    native = launches.native()
+    items = torch.frombuffer(bytearray(native.als_table(table)), dtype=torch.uint8).to(b.device)
+    with launches.launching():
+        native.als(items.data_ptr(), len(table), *common, far, *launches.queue_of(b))
+    report.sum().item()  # the tables above must live until the device has read them
+
+
+def serves_products(b: torch.Tensor, at: torch.Tensor, width: int) -> bool:
+    """Whether `mttkrp` takes a stack: on the CPU, but not where a library is faster.
+
+    That is without a fused multiply-add (the instruction set "base") from 17 columns on.
+    """
+    if not hasattr(_cpu, "mttkrp"):
+        return False
+    return b.device.type == "cpu" and at.device.type == "cpu" and (width <= 16 or isa() != "base")
+
+
+def mttkrp(modules: Sequence[Any], mode: int, width: int) -> list[torch.Tensor]:
+    """The products of `ops.mttkrp` in float64 on the CPU, of all modules in one call.
+
+    modules : (b (m, R), at (n, R), ranks, [C, U, V]) each, float32 or float64 stacks, factors float64 or None.
+    """
+    import torch
+
+    from .._native import as_tuple, view_of
+
+    results, table, kept = [], [], []
+    for b, at, ranks, factors in modules:
+        rows = (len(ranks), b.shape[0], at.shape[0])[mode]
+        out = torch.empty((rows, width), dtype=torch.float64)
+        b, at = b.contiguous(), at.contiguous()
+        wide = [None if f is None else f.contiguous() for f in factors]
+        c, u, v = (address(f) for f in wide)
+        table.append((as_tuple(view_of(b)), as_tuple(view_of(at)), list(ranks), c, u, v, out.data_ptr()))
+        kept.append((b, at, wide))
+        results.append(out)
+    _cpu.mttkrp(table, mode, width, torch.get_num_threads(), isa())
+    return results
