@@ -4,7 +4,7 @@
 
 Each backend's result is compared with the reference's, bit for bit, before it is timed. Beside it: TIES in eager torch
 on the same GPU, and the bandwidth of a plain copy measured in the same run. Bytes are the least that must move: every
-input once, the output once.
+input once, the output once. Learned coefficients and masks over the same matrix follow, see bench_gpu_learned.py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_gpu_learned import Learned
 
 import mergekernels as mk
 from mergekernels._backends.dispatch import load
@@ -171,6 +172,10 @@ def main() -> int:
     eager = milliseconds(lambda: eager_ties(base, models), repeats=5)
     results["eager_torch"] = {"merge": eager}
     print(f"eager    merge   {eager['median_ms']:9.3f} ms")
+    learned = Learned(base, models)
+    eager = milliseconds(learned.eager, repeats=5)
+    results["eager_torch"]["concrete and its backward"] = eager
+    print(f"eager    concrete and its backward {eager['median_ms']:9.3f} ms")
     failed = False
     for name in ("triton", "cuda"):
         reason = load(name).why_not("stream", [view_of(base)])
@@ -180,6 +185,7 @@ def main() -> int:
             continue
         try:
             results["backends"][name] = measure(name, base, models, expected, bandwidth)
+            results["backends"][name] |= learned.measure(name, bandwidth, milliseconds)
         except (AssertionError, MergeError, RuntimeError) as error:
             results["not_run"][name] = f"failed: {error}"
             print(f"{name} failed: {error}", file=sys.stderr)

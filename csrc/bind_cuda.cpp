@@ -236,6 +236,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
       py::arg("numbers"), py::arg("row_length"), py::arg("counters"), py::arg("ordinals"), py::arg("indices"),
       py::arg("bins"), py::arg("device"), py::arg("queue"));
   mk::bind_jacobi(m);
+  mk::bind_learned(m);
   mk::bind_programs(m);
   mk::bind_sums(m);
   m.def("devices", [] {

@@ -18,6 +18,7 @@ pytest.register_assert_rewrite(
     "feature_sweeps",
     "gpu_cases",
     "gpu_feature_cases",
+    "learned_cases",
     "gpu_matrix",
 )
 

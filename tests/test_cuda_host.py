@@ -13,6 +13,7 @@ import pytest
 from cuda_host_module import build
 from gpu_cases import *  # noqa: F403
 from gpu_feature_cases import *  # noqa: F403
+from learned_cases import *  # noqa: F403
 from mergekernels._backends import _cuda_launches as launches
 from mergekernels._backends import cuda as backend
 
@@ -58,3 +59,35 @@ def test_binding_refuses_what_would_crash(host_module: Any) -> None:
         host_module.stream(program, (0, 1, 1, 1), 0, [64], 0, 3, 2, 2, False, 0, 1, 0, 0)
     with pytest.raises(ValueError, match="left out"):
         host_module.sweep([(1, 1, 2, 0, 0)], True, (0, 1, 1, 1), 0, [0], 2, 2, 0, 0, 0, 1, 0, 0, 1, 64, 64, 64, 0, 0, 0)
+
+
+def test_binding_refuses_learned_passes_that_do_not_fit(host_module: Any) -> None:
+    piece, mask, there, none = (0, 1, 8, 8), (0.5, 1.0, 0, 0), (64, 2), (0, 2)
+    end = (64, 0, 0)  # sums, device, queue
+    cases: list[tuple[Any, str]] = [
+        (lambda: host_module.seg_dot(1, (0, 0), None, piece, 0, [], there, none, 2, 2, *end), "1 to 64 models"),
+        (lambda: host_module.seg_dot(1, (0, 0), None, piece, 0, [64], none, none, 2, 2, *end), "need a gradient"),
+        (lambda: host_module.seg_dot(257, (0, 0), None, piece, 0, [64], there, none, 2, 2, *end), "256 groups"),
+        (lambda: host_module.seg_dot(1, (0, 0), mask, piece, 0, [64], there, none, 2, 2, *end), "needs logits"),
+        (lambda: host_module.seg_dot(1, (0, 0), None, (5, 1, 8, 8), 0, [64], there, none, 2, 2, *end), "4096"),
+        (lambda: host_module.seg_dot(1, (0, 0), None, (0, 2, 4, 9), 0, [64], there, none, 2, 2, *end), "flat"),
+        (lambda: host_module.seg_dot(1, (0, 0), None, piece, 0, [64], (64, 3), none, 2, 2, *end), "float64"),
+        (lambda: host_module.seg_dot(1, (0, 0), None, piece, 0, [64], (64, 4), none, 2, 2, *end), "no dtype code"),
+        (lambda: host_module.mask_sum(mask, piece, none, 2, *end), "needs logits"),
+        (lambda: host_module.mask_sum(mask, piece, there, 2, 0, 0, 0), "need a place"),
+        (
+            lambda: host_module.mask_merge([1.0, 2.0], None, mask, piece, 0, [64], none, there, there, 2, 2, 0, 0),
+            "one weight",
+        ),
+        (
+            lambda: host_module.mask_merge([1.0], 0.5, mask, piece, 0, [64], none, there, there, 2, 2, 0, 0),
+            "needs a gradient",
+        ),
+        (
+            lambda: host_module.mask_merge([1.0], None, mask, piece, 0, [64], none, there, none, 2, 2, 0, 0),
+            "needs an output",
+        ),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -34,6 +34,7 @@ REASONS = {
 if None in REASONS.values():
     from gpu_cases import *  # noqa: F403
     from gpu_feature_cases import *  # noqa: F403
+    from learned_cases import *  # noqa: F403
 
 
 @pytest.fixture(params=BACKENDS)

@@ -11,8 +11,8 @@ struct Philox4 {
 
 constexpr std::uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr std::uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
-// What the words of a model are for. Groups are not a model's: their stream is kPurposeGroup itself.
-constexpr std::uint32_t kPurposeDraw = 0, kPurposeTie = 2, kPurposeGroup = 3;
+// What the words of a model are for. Masks and groups are not a model's: their streams are kPurposeMask, kPurposeGroup.
+constexpr std::uint32_t kPurposeDraw = 0, kPurposeMask = 1, kPurposeTie = 2, kPurposeGroup = 3;
 
 MK_HD Philox4 philox4x32_10(std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3, std::uint32_t k0,
                             std::uint32_t k1) {

@@ -11,8 +11,6 @@ namespace mergekernels {
 
 enum LearnedPass : int { kSegDot = 0, kMaskSum = 1, kMaskMerge = 2, kMaskSlope = 3 };
 
-constexpr std::uint32_t kMaskPurpose = 1, kGroupPurpose = 3;  // of Philox words
-
 // Philox key and tensor id.
 struct Draw {
   std::uint64_t seed;

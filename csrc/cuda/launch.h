@@ -4,6 +4,7 @@
 #include "cuda/divergence_group.h"
 #include "cuda/gram_group.h"
 #include "cuda/jacobi_group.h"
+#include "cuda/learned_group.h"
 #include "cuda/list_group.h"
 #include "cuda/program_group.h"
 #include "cuda/rank_group.h"
@@ -35,6 +36,12 @@ template <class C>
 void launch_gram(const GramArgs& args, int dtype, const Queue& queue);
 template <class C>
 void launch_divergence(const DivergenceArgs<C>& args, int dtype, const Queue& queue);
+template <class C>
+void launch_seg_dot(const LearnedArgs<C>& args, int dtype, const Queue& queue);
+template <class C>
+void launch_mask_sum(const LearnedArgs<C>& args, const Queue& queue);
+template <class C>
+void launch_mask_merge(const LearnedArgs<C>& args, bool slope, int dtype, const Queue& queue);
 template <class C>
 void launch_rank(const RankArgs& args, int dtype, const Queue& queue);
 template <class C>

@@ -4,6 +4,7 @@ Codes of dtypes are those of `mergekernels.tensors`; inputs of float64 are compu
 A launch that fails raises RuntimeError with the driver's reason.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 # (g0, rows, cols, ld)
@@ -131,6 +132,51 @@ def divergence(
     queue: int,
 ) -> None:
     """One pass of the divergence of rows, see `Launches.launch_divergence`. totals : 0 in the first pass."""
+
+# (temperature, mean, seed, tensor id)
+Mask = tuple[float, float, int, int]
+# (address, dtype) of a tensor with a dtype of its own, address 0 for none
+Side = tuple[int, int]
+
+def seg_dot(
+    groups: int,
+    key: tuple[int, int],
+    mask: Mask | None,
+    piece: Box,
+    base: int,
+    models: list[int],
+    gradient: Side,
+    logits: Side,
+    dtype: int,
+    compute: int,
+    sums: int,
+    device: int,
+    queue: int,
+) -> None:
+    """Products of a gradient and deltas, summed over canonical blocks: float64 [K * groups, blocks]; see SegDot.
+
+    key : (seed, tensor id) of the groups. logits : there iff there is a mask. dtype : of the models and the base.
+    """
+
+def mask_sum(mask: Mask, piece: Box, logits: Side, compute: int, sums: int, device: int, queue: int) -> None:
+    """A mask, summed over canonical blocks: float64 [blocks]; its mean plays no part."""
+
+def mask_merge(
+    weights: Sequence[float],
+    shift: float | None,
+    mask: Mask,
+    piece: Box,
+    base: int,
+    models: list[int],
+    gradient: Side,
+    logits: Side,
+    out: Side,
+    dtype: int,
+    compute: int,
+    device: int,
+    queue: int,
+) -> None:
+    """The merge inside a mask, or with a shift and a gradient the gradient of the logits; see MaskMerge."""
 
 def rank_room(rows: int, length: int, compute: int, device: int) -> tuple[int, int]:
     """(bytes, number) of the pieces of memory that the ranks of long rows need, (0, 0) where a row fits on the chip."""

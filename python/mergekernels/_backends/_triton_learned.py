@@ -38,6 +38,8 @@ def seg_dot(
     """See dispatch.LearnedBackend. `threads` has no effect."""
     import torch
 
+    if piece.numel == 0:
+        return
     inputs = operands(base, models, compute)
     slope, z = operands(None, [gradient], compute), _one(logits, compute)
     device = inputs.present[0].device
@@ -66,6 +68,8 @@ def mask_sum(
     """See dispatch.LearnedBackend. `threads` has no effect."""
     import torch
 
+    if piece.numel == 0:
+        return
     z = operands(None, [logits], compute)
     device = z.present[0].device
     blocks = -(-piece.numel // CANONICAL_BLOCK)

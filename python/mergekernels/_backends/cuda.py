@@ -14,6 +14,7 @@ from ..ops.sums import Gram, Reduce
 from ..ops.sweeps import Sweep
 from ..tensors import DType, Piece, TensorView
 from . import _cuda_launches, _cuda_list, _gpu, _gpu_sums
+from ._cuda_learned import mask_merge, mask_sum, seg_dot
 from ._device import no_gpu, same_device
 
 if TYPE_CHECKING:
@@ -27,13 +28,19 @@ __all__ = [
     "divergence",
     "gram",
     "mark",
+    "mask_merge",
+    "mask_sum",
     "reduce",
+    "seg_dot",
     "stream",
     "sweep",
     "why_not",
 ]
 
-_OPS = ("select", "sweep", "stream", "mark", "gram", "reduce", "divergence")
+_OPS = (
+    *("select", "sweep", "stream", "mark", "gram", "reduce", "divergence"),
+    *("seg_dot", "mask_sum", "mask_merge"),
+)
 
 FEATURES: frozenset[str] = frozenset(
     (
@@ -50,6 +57,7 @@ FEATURES: frozenset[str] = frozenset(
             "mark",
         ),
         *("marked", "merge", "rank", "reduce", "subtract", "table", "useful", "vote"),
+        *("seg_dot", "concrete"),
     )
 )
 """See dispatch.Backend."""

@@ -200,7 +200,7 @@ class LearnedBackend(Backend, Protocol):
         compute: DType,
         threads: int,
     ) -> None:
-        """See ops.learned.MaskMerge; gradient iff it asks for dz. Flat pieces."""
+        """See ops.learned.MaskMerge; gradient iff it asks for dz. Flat pieces that begin at a multiple of 4."""
         ...
 
 

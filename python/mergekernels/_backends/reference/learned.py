@@ -11,6 +11,7 @@ from ..._native import to_torch
 from ...ops.learned import GROUP_PURPOSE, MASK_PURPOSE, MaskMerge, Relaxed, SegDot
 from ...tensors import CANONICAL_BLOCK, DType, Piece, TensorView
 from .common import block_sums, constant, delta, flat_index, load, ordered_sum, philox, to_dtype
+from .stream import canonical_nan
 from .transcendental import in_compute, log, sigmoid
 
 if TYPE_CHECKING:
@@ -83,8 +84,7 @@ def mask_merge(
         y = ((y * m) * (1 - m)) / constant(request.mask.temperature, s)
         y = torch.where(mean == 0, torch.zeros_like(y), y)
     target = to_torch(out)
-    y = torch.where(y.isnan(), torch.full_like(y, torch.nan), y)
-    target.copy_(to_dtype(y, target.dtype).reshape(target.shape))
+    target.copy_(canonical_nan(to_dtype(y, target.dtype)).reshape(target.shape))
 
 
 def _deltas(base: TensorView | None, models: Sequence[TensorView], compute: DType) -> list[torch.Tensor]:
