@@ -10,7 +10,7 @@ JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(RUN)pytest -q -n $(JOBS)
 NATIVE := $(wildcard csrc/*.* csrc/*/*) pyproject.toml
 
-.PHONY: help demo docs test test-slow test-exhaustive test-peers lint format wheel-test bench clean
+.PHONY: help demo docs test test-slow test-exhaustive test-peers conformance lint format wheel-test bench clean
 
 help:
 	@echo "make demo        train small networks, merge them with the command line, compare"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-slow   ahead-of-time compilation of every GPU kernel, long sweeps of faults"
 	@echo "make test-exhaustive  every case of the Triton kernels under the interpreter"
 	@echo "make test-peers  agreement with mergekit, PEFT and TensorLy, installed into a folder of its own"
+	@echo "make conformance  mergekit hooked and unhooked, in that folder"
 	@echo "make docs        docs/methods.md from the descriptions of the methods"
 	@echo "make lint        formatting, style and types"
 	@echo "make wheel-test  build a wheel and use it away from the tree, without torch"
@@ -54,6 +55,12 @@ test-exhaustive: $(VENV)/.built
 test-peers: $(VENV)/.built
 	bash benchmarks/make_peer_env.sh $(VENV)-peer
 	MERGEKERNELS_PEER_ENV=$(abspath $(VENV)-peer) $(RUN)pytest -q -m peer tests/peers
+
+# The tools themselves, hooked and unhooked in one process, each in an environment of its own.
+SITE = $(shell $(RUN)python -c "import sysconfig; print(sysconfig.get_path('platlib'))")
+conformance: $(VENV)/.built
+	bash benchmarks/make_peer_env.sh $(VENV)-peer
+	OMP_NUM_THREADS=1 $(VENV)-peer/bin/python tests/hooked/within.py $(SITE) -q -m peer tests/hooked/test_mergekit_*.py
 
 docs: $(VENV)/.built
 	$(RUN)python docs/make_methods.py

@@ -28,4 +28,10 @@ done
 "$work/venv/bin/mergekernels" diff out expected
 "$work/venv/bin/mergekernels" backends
 test -f "$(echo "$work"/venv/lib/python*/site-packages/mergekernels/conformance/golden/kit.json)"
+# The line that each process reads when it starts: nothing is imported unless mergekit is, which is not here.
+test -f "$(echo "$work"/venv/lib/python*/site-packages/mergekernels_mergekit.pth)"
+MERGEKERNELS_MERGEKIT=report "$work/venv/bin/python" -c "import sys; assert 'mergekernels' in sys.modules"
+if "$work/venv/bin/python" -c "import sys; sys.exit('mergekernels' in sys.modules)"; then :; else exit 1; fi
+if "$work/venv/bin/mergekernels-mergekit" recipe.yml other 2>message; then exit 1; fi
+grep -q "mergekit is not installed" message
 echo "wheel smoke test: passed"
