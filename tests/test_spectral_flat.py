@@ -7,7 +7,7 @@ import torch
 
 import spectral_brute as brute
 from mergekernels import ops
-from mergekernels.ops.spectral import _pairs
+from mergekernels.ops.spectral import _pairs, split_gram
 from mergekernels.ops.spectral._plain import plain_eigh
 from mergekernels.ops.spectral.split_gram import split_polar
 
@@ -91,3 +91,18 @@ def test_a_head_is_left_to_others(kind):
     _, _, v = brute.svd(x)
     basis = found.basis.double()
     assert float((basis @ basis.T - v[:, :k] @ v[:, :k].T).norm()) / (2 * k) ** 0.5 < 1e-5
+
+
+@pytest.mark.parametrize("top", [1.5, 3.9])
+@pytest.mark.parametrize("shape", [(600, 160), (160, 600), (200, 200)])
+def test_polar_of_an_even_spectrum_multiplies_by_the_matrix_once(top, shape, monkeypatch):
+    """From the Gram alone, corrected in its size: as exact as what corrects the result."""
+    x = brute.with_spectrum(*shape, torch.linspace(top, 1, min(shape)).tolist(), 3, torch.float32)
+    grams = []
+    plain = split_gram.plain_gram
+    monkeypatch.setattr(split_gram, "plain_gram", lambda *a, **k: grams.append(1) or plain(*a, **k))
+    made = ops.polar(x, nuclear=True)
+    assert made.route == "split" and len(grams) == 1
+    assert brute.error(made.p, brute.polar(x)) <= 1e-6
+    assert made.residual <= 1e-6
+    assert made.nuclear == pytest.approx(float(torch.linalg.svdvals(x.double()).sum()), rel=1e-6)

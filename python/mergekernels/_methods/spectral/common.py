@@ -116,12 +116,19 @@ class Tasks:
         from ...ops import stack
 
         if not self.factored:
-            total = self.live[0]
-            for x in self.live[1:]:
-                total = total + x
-            return total
+            return _sum(self.live)
         stacked = stack(self.live)
         return stacked if stacked.rank < min(stacked.shape) else stacked.dense()
+
+
+def _sum(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """In their order; a lone one is returned itself."""
+    if len(matrices) == 1:
+        return matrices[0]
+    total = matrices[0] + matrices[1]
+    for x in matrices[2:]:
+        total += x
+    return total
 
 
 def tasks_of(spec: MatrixSpec, deltas: Sequence[Delta]) -> Tasks:

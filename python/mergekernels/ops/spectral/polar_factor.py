@@ -134,10 +134,16 @@ def _may_split(x: Matrix, cut: float) -> bool:
 
 def _inner(p: Matrix, x: Matrix) -> float:
     """<P, X>, the nuclear norm of X."""
+    pairs = zip(_rows(p).parts, _rows(x).parts, strict=True)
+    return sum(_dot(q, y) for q, y in pairs)
+
+
+def _dot(x: torch.Tensor, y: torch.Tensor) -> float:
+    """<X, Y>: rows in their own dtype, blocks of rows that stay in the cache, their sums in float64."""
     import torch
 
-    pairs = zip(_rows(p).parts, _rows(x).parts, strict=True)
-    return sum(float((q * y).sum(dtype=torch.float64)) for q, y in pairs)
+    pieces = zip(x.split(128), y.split(128), strict=True)  # type: ignore[no-untyped-call]
+    return float(sum((p * q).sum(-1).sum(dtype=torch.float64) for p, q in pieces))
 
 
 def _tall(x: Matrix, tol: float | None, route: str, nuclear: bool) -> Polar:
@@ -172,7 +178,12 @@ def _rows(x: Matrix) -> Sharded:
 
 
 def measure(p: Matrix) -> tuple[float, float]:
-    """tr(P^T P), float64, and ||P P^T P - P||_F estimated with random vectors."""
+    """tr(P^T P), and ||P P^T P - P||_F estimated with random vectors."""
+    return sum(_dot(q, q) for q in _rows(p).parts), _off(p)
+
+
+def _off(p: Matrix) -> float:
+    """||P P^T P - P||_F, estimated with random vectors."""
     import torch
 
     rows = _rows(p).parts
@@ -184,13 +195,11 @@ def measure(p: Matrix) -> tuple[float, float]:
         float(torch.linalg.vector_norm(back.to(q.device) @ q.mT - y, dtype=torch.float64)) ** 2
         for q, y in zip(rows, images, strict=True)
     )
-    trace = sum(float(torch.linalg.vector_norm(q, dtype=torch.float64)) ** 2 for q in rows)
-    return trace, (off / v.shape[0]) ** 0.5
+    return math.sqrt(off / v.shape[0])
 
 
 def _finish(x: Matrix, p: Matrix, rank: int, total: float | None, route: str) -> Polar:
-    _, off = measure(p)
-    return Polar(cut_like(p, x), rank, total, off / max(rank, 1) ** 0.5, route)
+    return Polar(cut_like(p, x), rank, total, _off(p) / max(rank, 1) ** 0.5, route)
 
 
 def _checked(x: Matrix, p: Matrix, cut: float, nuclear: bool, route: str, full: bool) -> Polar:
