@@ -2,8 +2,8 @@
 
 A float32 Gram knows the strong directions and loses the weak ones. These, few where the spectrum is flat, are taken
 from the matrix itself in float64, in a thin block; one Newton-Schulz step then restores orthogonality. All else is
-products, so that it costs about two thirds of a singular value decomposition. Where the spectrum is even (from an aspect
-of about 4 for noise) that step, too, is done in the size of the Gram, and the matrix is multiplied once.
+products, so that it costs about two thirds of a singular value decomposition. Where the spectrum is even (for noise
+from an aspect of about 4) that step, too, is done in the size of the Gram, and the matrix is multiplied once.
 """
 
 from __future__ import annotations
