@@ -1,6 +1,6 @@
 """Generates the checkpoints of the whole-merge benchmark: a Llama-shaped base and fine-tunes of it.
 
-usage: python checkpoints.py FOLDER [--small] [--models 3]
+usage: python checkpoints.py FOLDER [--small | --layers N] [--models 3]
 
 Base: normal, standard deviation 0.02, in bf16. Each fine-tune: base + N * 0.001 * (1 + |N'|) with N, N' standard
 normal, rounded to bf16. Full size: 491.8 M parameters, 0.98 GB each, in shards of about 0.5 GB; --small: 5.0 M
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -127,9 +127,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--layers", type=int, default=FULL.layers)
     parser.add_argument("--models", type=int, default=3)
     args = parser.parse_args()
-    for path in generate_family(args.folder, SMALL if args.small else FULL, args.models):
+    for path in generate_family(args.folder, SMALL if args.small else replace(FULL, layers=args.layers), args.models):
         print(path)
 
 

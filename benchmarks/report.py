@@ -1,6 +1,6 @@
-"""Makes the tables of docs/performance.md and of the README from results/*.json.
+"""Makes the tables of docs/performance.md, docs/integrations.md and the README from results/*.json.
 
-usage: python report.py [--into PAGE] [results/<machine>.json ...]
+usage: python report.py [--into PAGE] [--sections NAMES --] [results/<machine>.json ...]
 
 Without --into the tables are printed; with it they replace what stands between the lines MARKS of a Markdown page.
 """
@@ -104,14 +104,36 @@ def matrices_table(section: dict[str, Any]) -> list[str]:
     return lines
 
 
-def tables(paths: list[Path]) -> str:
-    """All tables of all result files."""
-    makers = {"merge": ("Whole merges", merge_table), "ops": ("Ops", ops_table)}
-    makers["spectral"] = ("Matrices and adapters", matrices_table)
+def integrations_table(section: dict[str, Any]) -> list[str]:
+    """Tools with and without mergekernels: seconds of the whole process or call, and what was asked for."""
+    heads = "tool | case | without, s | with, s | faster | CPU without, s | with, s | relative difference | commit"
+    lines = [_header(section), "", f"| {heads} |", "|" + "---|" * 9]
+    for e in section["records"]:
+        cpu = [f"{e[key]:.1f}" if key in e else "" for key in ("plain_cpu_s", "hooked_cpu_s")]
+        target = f" (aim {e['target']:g}x)" if "target" in e else ""
+        seconds = [f"{e[key]:.3g}" for key in ("plain_s", "hooked_s")]
+        lines.append(
+            f"| {e['tool']} {e['version']} | {e['case']} | {seconds[0]} | {seconds[1]} "
+            f"| {e['times_faster']:.1f}x{target} | {cpu[0]} | {cpu[1]} | {e.get('difference', '')} | {e['commit']} |"
+        )
+    return lines
+
+
+MAKERS = {
+    "merge": ("Whole merges", merge_table),
+    "ops": ("Ops", ops_table),
+    "spectral": ("Matrices and adapters", matrices_table),
+    "integrations": ("Tools", integrations_table),
+}
+
+
+def tables(paths: list[Path], sections: list[str]) -> str:
+    """The tables of these sections of all result files."""
     parts = []
     for path in paths:
         whole = json.loads(path.read_text())
-        for name, (title, make) in makers.items():
+        for name in sections:
+            title, make = MAKERS[name]
             if name in whole:
                 parts.append("\n".join([f"### {title}, {path.stem}", "", *make(whole[name])]))
     return "\n\n".join(parts)
@@ -121,8 +143,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="*")
     parser.add_argument("--into", type=Path, default=None)
+    parser.add_argument(
+        "--sections",
+        nargs="+",
+        choices=list(MAKERS),
+        default=["merge", "ops", "spectral"],
+        help="docs/performance.md has the first three (default), docs/integrations.md the last",
+    )
     args = parser.parse_args()
-    text = tables(args.results or sorted((HERE / "results").glob("*.json")))
+    text = tables(args.results or sorted((HERE / "results").glob("*.json")), args.sections)
     if args.into is None:
         print(text)
         return
