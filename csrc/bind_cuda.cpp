@@ -239,6 +239,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   mk::bind_learned(m);
   mk::bind_programs(m);
   mk::bind_sums(m);
+  mk::bind_tensor(m);
   m.def("devices", [] {
     char reason[256];
     const int count = mk::num_devices(reason, sizeof(reason));

@@ -48,10 +48,12 @@ inline KeepPoint to_keep(const KeepTuple& k) {
   return KeepPoint{tau, index, word, ties, 1};
 }
 
-// Adds the functions of bind_cuda_jacobi.cpp, bind_cuda_learned.cpp, bind_cuda_programs.cpp and bind_cuda_sums.cpp.
+// Adds the functions of bind_cuda_jacobi.cpp, bind_cuda_learned.cpp, bind_cuda_programs.cpp, bind_cuda_sums.cpp and
+// bind_cuda_tensor.cpp.
 void bind_jacobi(pybind11::module_& m);
 void bind_learned(pybind11::module_& m);
 void bind_programs(pybind11::module_& m);
 void bind_sums(pybind11::module_& m);
+void bind_tensor(pybind11::module_& m);
 
 }  // namespace mergekernels

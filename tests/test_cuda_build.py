@@ -17,6 +17,7 @@ KERNELS = (
 )
 SMALL = ("jacobi_kernel",)
 BY_COMPUTE = ("mask_sum_kernel",)
+STACKS = {"als_kernel": 1, "mttkrp_thin_kernel": 2, "mttkrp_task_kernel": 1}
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,9 @@ def test_no_kernel_uses_local_memory(tool: str, module: str) -> None:
     for kernel in BY_COMPUTE:
         # float32 and float64 arithmetic; the dtype of its only input is known at run time.
         assert any(kernel in name for name in names) and sum(kernel in name for name in names) % 2 == 0
+    architectures = sum("mttkrp_task_kernel" in name for name in names)
+    for kernel, variants in STACKS.items():
+        assert sum(kernel in name for name in names) == variants * architectures > 0
     assert all(stack == "0" and local == "0" for _, _, stack, local in found), usage
     assert max(int(registers) for _, registers, *_ in found) <= 255
 

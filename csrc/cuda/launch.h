@@ -1,11 +1,13 @@
 // The launches, without a CUDA header: the binding and the host build of the tests see only this.
 #pragma once
 
+#include "cuda/als_group.h"
 #include "cuda/divergence_group.h"
 #include "cuda/gram_group.h"
 #include "cuda/jacobi_group.h"
 #include "cuda/learned_group.h"
 #include "cuda/list_group.h"
+#include "cuda/mttkrp_group.h"
 #include "cuda/program_group.h"
 #include "cuda/rank_group.h"
 #include "cuda/reduce_group.h"
@@ -54,6 +56,13 @@ void launch_jacobi(bool eigh, const JacobiArgs<C>& args, int threads, int bytes,
 
 // Bytes of memory on the chip that a block may have.
 int jacobi_limit(int device);
+
+// One block for each problem, als_threads and als_room of their shape.
+void launch_als(const AlsArgs& args, const Queue& queue);
+
+template <class C>
+void launch_thin(const ThinArgs<C>& args, const Queue& queue);
+void launch_task_sums(const TaskArgs& args, const Queue& queue);
 
 // The memory that the ranks of long rows need: bytes for each block of threads, and how many blocks; 0 where rows fit
 // on the chip.

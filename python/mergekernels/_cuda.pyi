@@ -270,6 +270,51 @@ def jacobi_table(items: list[JacobiItem], compute: int) -> bytes:
 def jacobi(eigh: bool, items: int, count: int, compute: int, threads: int, size: int, device: int, queue: int) -> None:
     """Decompose `count` matrices of one number of threads, one block each. size : bytes of shared memory."""
 
+# tasks, sum of ranks R, rows of b (p) and of a (q), terms c
+AlsShape = tuple[int, int, int, int, int]
+# (b, a, state, history, report, norm2), see csrc/common/als.h
+AlsProblem = tuple[int, int, int, int, int, float]
+
+def als_room(shape: AlsShape, far: bool) -> int:
+    """Bytes of shared memory for one problem. far : its cores stay in global memory."""
+
+def als_table(problems: list[AlsProblem]) -> bytes:
+    """The problems of one launch as they lie in device memory; all addresses are those of float64 numbers."""
+
+def als(
+    items: int,
+    count: int,
+    shape: AlsShape,
+    owner: int,
+    ends: int,
+    tol: float,
+    prox: float,
+    sweeps: int,
+    search: bool,
+    far: bool,
+    device: int,
+    queue: int,
+) -> None:
+    """Up to `sweeps` sweeps of each problem, one block each; see _cpu.als. items : the table on the device."""
+
+# (x, f, scale or 0, owner or 0, out, pitch of x, rows of out, depth of the sum, whether x is transposed)
+ThinItem = tuple[int, int, int, int, int, int, int, int, bool]
+
+def thin_table(items: list[ThinItem], width: int, compute: int) -> tuple[bytes, int]:
+    """Products x f or x^T f as they lie in device memory, and their tiles. x : of the compute dtype; the rest float64.
+
+    scale : [tasks, width], row owner[d] of which multiplies row d of f; owner : int32.
+    """
+
+def thin(items: int, count: int, width: int, tiles: int, compute: int, device: int, queue: int) -> None:
+    """All products of a table in one launch."""
+
+def task_table(items: list[tuple[int, int, int, int, int]], width: int) -> tuple[bytes, int]:
+    """Sums (p, s, ends, out, tasks) as they lie in device memory, and their elements. ends : int32 [tasks + 1]."""
+
+def task_sums(items: int, count: int, width: int, elements: int, device: int, queue: int) -> None:
+    """out[t] = sum of p[r] s[r] over ends[t] <= r < ends[t + 1], for all items of a table."""
+
 def devices() -> tuple[int, str]:
     """Devices that the driver offers, and why there are none."""
 

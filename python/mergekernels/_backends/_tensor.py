@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import _cpu
+from ..tensors import F32, F64
 from . import _cuda_launches as launches
 from . import cuda_small
 from ._cuda_plan import address
@@ -14,6 +15,8 @@ from ._isa import isa
 
 if TYPE_CHECKING:
     import torch
+
+    Module = tuple[torch.Tensor, torch.Tensor, tuple[int, ...], list[torch.Tensor | None]]
 
 __all__ = ["LARGE", "NUMBERS", "least_squares", "mttkrp", "room", "serves_products"]
 
@@ -104,40 +107,105 @@ def _launch(
         _cpu.als(table, *common, torch.get_num_threads(), isa())
         return
     native = launches.native()
-    items = torch.frombuffer(bytearray(native.als_table(table)), dtype=torch.uint8).to(b.device)
+    kept: list[Any] = [owner, ends]
     with launches.launching():
-        native.als(items.data_ptr(), len(table), *common, far, *launches.queue_of(b))
-    report.sum().item()  # the tables above must live until the device has read them
+        native.als(on_device(native.als_table(table), b.device, kept), len(table), *common, far, *launches.queue_of(b))
 
 
 def serves_products(b: torch.Tensor, at: torch.Tensor, width: int) -> bool:
-    """Whether `mttkrp` takes a stack: on the CPU, but not where a library is faster.
+    """Whether `mttkrp` takes a stack: on an NVIDIA GPU with the CUDA module, and on the CPU where no library is faster.
 
-    That is without a fused multiply-add (the instruction set "base") from 17 columns on.
+    One is on the CPU without a fused multiply-add (the instruction set "base") from 17 columns on.
     """
-    if not hasattr(_cpu, "mttkrp"):
+    if b.device != at.device:
         return False
-    return b.device.type == "cpu" and at.device.type == "cpu" and (width <= 16 or isa() != "base")
+    if b.device.type != "cpu":
+        return cuda_small.why_not(b.device) is None
+    return hasattr(_cpu, "mttkrp") and (width <= 16 or isa() != "base")
 
 
-def mttkrp(modules: Sequence[Any], mode: int, width: int) -> list[torch.Tensor]:
-    """The products of `ops.mttkrp` in float64 on the CPU, of all modules in one call.
+def mttkrp(modules: Sequence[Module], mode: int, width: int) -> list[torch.Tensor]:
+    """The products of `ops.mttkrp`, float64, of all modules of a device in one call.
 
     modules : (b (m, R), at (n, R), ranks, [C, U, V]) each, float32 or float64 stacks, factors float64 or None.
     """
     import torch
 
+    device = modules[0][0].device
+    rows = [(len(ranks), b.shape[0], at.shape[0])[mode] for b, at, ranks, _ in modules]
+    results = [torch.empty((r, width), dtype=torch.float64, device=device) for r in rows]
+    if width and device.type == "cpu":
+        _on_cpu(modules, mode, width, results)
+    elif width:
+        _on_gpu(modules, mode, width, results)
+    return results
+
+
+def _on_cpu(modules: Sequence[Module], mode: int, width: int, results: Sequence[torch.Tensor]) -> None:
+    import torch
+
     from .._native import as_tuple, view_of
 
-    results, table, kept = [], [], []
-    for b, at, ranks, factors in modules:
-        rows = (len(ranks), b.shape[0], at.shape[0])[mode]
-        out = torch.empty((rows, width), dtype=torch.float64)
+    table, kept = [], []
+    for (b, at, ranks, factors), out in zip(modules, results, strict=True):
         b, at = b.contiguous(), at.contiguous()
         wide = [None if f is None else f.contiguous() for f in factors]
         c, u, v = (address(f) for f in wide)
         table.append((as_tuple(view_of(b)), as_tuple(view_of(at)), list(ranks), c, u, v, out.data_ptr()))
         kept.append((b, at, wide))
-        results.append(out)
     _cpu.mttkrp(table, mode, width, torch.get_num_threads(), isa())
-    return results
+
+
+def _on_gpu(modules: Sequence[Module], mode: int, width: int, results: Sequence[torch.Tensor]) -> None:
+    """P and S of all modules in one launch, what comes of them in a second; stacks of each dtype for themselves."""
+    import torch
+
+    kept: list[Any] = []
+    thin: dict[str, tuple[list[Any], list[Any]]] = {}
+    sums = []
+    for (b, at, ranks, factors), out in zip(modules, results, strict=True):
+        if not out.numel():
+            continue
+        b, at = b.contiguous(), at.contiguous()
+        c, u, v = (None if f is None else f.contiguous() for f in factors)
+        columns = sum(ranks)
+        p, s = out.new_empty((2, columns, width)).unbind(0)
+        ends = torch.tensor([0, *ranks], dtype=torch.int64).cumsum(0).to(torch.int32).to(out.device)
+        owner = torch.repeat_interleave(torch.arange(len(ranks), dtype=torch.int32), torch.tensor(ranks))
+        owner = owner.to(out.device)
+        kept.append((b, at, c, u, v, p, s, ends, owner))
+        inner, outer = thin.setdefault(str(b.dtype), ([], []))
+        for x, f, to, needed in ((at, v, p, mode != 2), (b, u, s, mode != 1)):
+            if needed and columns:
+                inner.append((x.data_ptr(), address(f), 0, 0, to.data_ptr(), columns, columns, x.shape[0], True))
+        if mode:
+            x, f = (b, p) if mode == 1 else (at, s)
+            outer.append(
+                (
+                    *(x.data_ptr(), f.data_ptr(), address(c), owner.data_ptr(), out.data_ptr()),
+                    *(columns, out.shape[0], columns, False),
+                )
+            )
+        else:
+            sums.append((p.data_ptr(), s.data_ptr(), ends.data_ptr(), out.data_ptr(), len(ranks)))
+    native = launches.native()
+    with launches.launching():
+        for dtype, both in thin.items():
+            code = (F32 if dtype == "torch.float32" else F64).code
+            for items in both:
+                if items:
+                    table, tiles = native.thin_table(items, width, code)
+                    place = on_device(table, results[0].device, kept)
+                    native.thin(place, len(items), width, tiles, code, *launches.queue_of(results[0]))
+        if sums:
+            table, elements = native.task_table(sums, width)
+            place = on_device(table, results[0].device, kept)
+            native.task_sums(place, len(sums), width, elements, *launches.queue_of(results[0]))
+
+
+def on_device(table: bytes, device: torch.device, kept: list[Any]) -> int:
+    """Where a table lies on the device; `kept` keeps it, which the allocator hands on in the order of the stream."""
+    import torch
+
+    kept.append(torch.frombuffer(bytearray(table), dtype=torch.uint8).to(device))
+    return int(kept[-1].data_ptr())

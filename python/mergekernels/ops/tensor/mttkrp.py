@@ -29,8 +29,9 @@ def mttkrp(stack: Any, factors: Any, mode: int) -> Any:
     V (n, c)] for each module; the one of `mode` is not read and may be None.
     Returns M in float64, for a list of modules a list. B in row shards (A in column shards) take U (V) in the same
     shards or whole and return M of mode 1 (mode 2) whole; only P and S, (R, c), cross the cut.
-    In float64 on the CPU, C++ for whole stacks and torch for shards: error within (m + R) 2^-52 (mode 2: n + R) of the
-    sums of magnitudes, whatever the threads. On a GPU float32 stacks are multiplied in float32, error within R 2^-23.
+    Error, in parts of the sums of magnitudes: on the CPU and of float64 stacks (m + R) 2^-52, in mode 2 (n + R) 2^-52,
+    whatever the threads. Of float32 stacks on a GPU 2^-18 in CUDA C++, which takes all modules in one call, and (m + R)
+    2^-23 in Triton.
     Errors: ArgumentError, DataError for NaN or Inf.
     """
     if mode not in (0, 1, 2):
@@ -87,20 +88,21 @@ def _all(stacks: Sequence[Stack], factors: Sequence[list[Any]], mode: int) -> li
     import torch
 
     found: list[torch.Tensor | None] = [None] * len(stacks)
-    batches: dict[tuple[str, int], list[int]] = {}
+    batches: dict[tuple[str, int], list[tuple[int, Any]]] = {}
     for i, (stack, wide) in enumerate(zip(stacks, factors, strict=True)):
         if isinstance(stack.b, torch.Tensor) and isinstance(stack.at, torch.Tensor):
             width = next(int(x.shape[1]) for x in wide if x is not None)
             if _tensor.serves_products(stack.b, stack.at, width):
-                batches.setdefault((str(stack.b.device), width), []).append(i)
+                module = (stack.b, stack.at, stack.ranks, wide)
+                batches.setdefault((str(stack.b.device), width), []).append((i, module))
                 continue
             if kernels.serves(stack.b):
                 found[i] = _by_triton(stack.b, stack.at, stack.ranks, wide, mode)
                 continue
         found[i] = _by_torch(stack, wide, mode)
     for (_, width), members in batches.items():
-        modules = [(stacks[i].b, stacks[i].at, stacks[i].ranks, factors[i]) for i in members]
-        for i, product in zip(members, _tensor.mttkrp(modules, mode, width), strict=True):
+        products = _tensor.mttkrp([module for _, module in members], mode, width)
+        for (i, _), product in zip(members, products, strict=True):
             found[i] = product
     return [x for x in found if x is not None]
 
