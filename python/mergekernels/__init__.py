@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ._backends.dispatch import use_backend
     from ._backends.status import backends
     from ._methods.catalogue import methods
+    from .adapters.dense_stacks import checkpoint_stacks
     from .adapters.merge import merge_adapters
     from .adapters.merged import MergedAdapter
     from .adapters.prepare import prepare_adapters
@@ -32,6 +33,7 @@ __all__ = [
     "MergedAdapter",
     "__version__",
     "backends",
+    "checkpoint_stacks",
     "cluster_texts",
     "continual_merge",
     "diff",
@@ -52,6 +54,7 @@ _HOME = {
     "MergeError": "errors",
     "MergedAdapter": "adapters.merged",
     "backends": "_backends.status",
+    "checkpoint_stacks": "adapters.dense_stacks",
     "cluster_texts": "adapters.texts",
     "continual_merge": "continual.step",
     "diff": "engine.diff",

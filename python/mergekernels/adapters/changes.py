@@ -18,7 +18,7 @@ from .model import Site
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Changes", "difference", "equal_bytes", "load_tensor", "pair_up"]
+__all__ = ["Changes", "difference", "equal_bytes", "load_tensor", "pair_up", "read_elements"]
 
 _CHUNK = 1 << 22
 """Elements that are read and widened at a time."""
@@ -110,8 +110,8 @@ def _chunks(n: int) -> Iterator[tuple[int, int]]:
     return ((start, min(_CHUNK, n - start)) for start in range(0, n, _CHUNK))
 
 
-def _read(reader: Reader, checkpoint: Checkpoint, info: TensorInfo, start: int, count: int, slot: int) -> Any:
-    """Consecutive elements as stored."""
+def read_elements(reader: Reader, checkpoint: Checkpoint, info: TensorInfo, start: int, count: int, slot: int) -> Any:
+    """Consecutive elements of a tensor as stored."""
     import torch
 
     size = info.dtype.itemsize
@@ -142,7 +142,7 @@ def difference(changes: Changes, name: str, reader: Reader) -> torch.Tensor:
     for start, count in _chunks(result.numel()):
         values = []
         for slot, (checkpoint, info) in enumerate(pair):
-            part = _read(reader, checkpoint, info, start, count, slot)
+            part = read_elements(reader, checkpoint, info, start, count, slot)
             bad = ~torch.isfinite(part)
             if bool(bad.any()):
                 raise DataError(
@@ -164,8 +164,8 @@ def equal_bytes(changes: Changes, name: str, reader: Reader) -> bool:
 
     one, two = changes.base.tensors[name], changes.tuned.tensors[name]
     for start, count in _chunks(prod(one.shape)):
-        a = _read(reader, changes.base, one, start, count, 0)
-        b = _read(reader, changes.tuned, two, start, count, 1)
+        a = read_elements(reader, changes.base, one, start, count, 0)
+        b = read_elements(reader, changes.tuned, two, start, count, 1)
         if a.dtype == b.dtype:
             if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
                 return False
@@ -179,7 +179,7 @@ def load_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     info = checkpoint.tensors[name]
     reader = Reader()
     try:
-        found: torch.Tensor = _read(reader, checkpoint, info, 0, prod(info.shape), 0).reshape(info.shape)
+        found: torch.Tensor = read_elements(reader, checkpoint, info, 0, prod(info.shape), 0).reshape(info.shape)
         return found
     finally:
         reader.close()

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .tensor.cluster import Clusters, cluster
     from .tensor.cp import CP, cp_als
     from .tensor.mttkrp import mttkrp
+    from .tensor.tiled import TileStack
     from .tensor.tucker import Tucker, tucker
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "SoftThreshold",
     "Subspace",
     "TallQR",
+    "TileStack",
     "Tucker",
     "balance",
     "cluster",
@@ -89,6 +91,7 @@ _HOME = {
     "SoftThreshold": "spectral.shrink",
     "Subspace": "spectral.subspace",
     "TallQR": "spectral.qr",
+    "TileStack": "tensor.tiled",
     "Tucker": "tensor.tucker",
     "balance": "spectral.stacking",
     "cluster": "tensor.cluster",

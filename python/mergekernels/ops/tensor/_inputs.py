@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ArgumentError, DataError
+from ..arguments import check_integer
 from ..spectral.sharded import Sharded
 from ._terms import CP
 from .stack import Core
@@ -13,7 +14,39 @@ from .stack import Core
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["given_factors", "scales_of"]
+__all__ = ["check_options", "given_factors", "scales_of"]
+
+
+def check_options(
+    rank: int,
+    init: Any,
+    n_starts: int,
+    max_iter: int,
+    tol: float,
+    ridge: float,
+    prox: float,
+    normalize: str | None,
+    seed: int,
+) -> None:
+    """Refuse what `cp_als` cannot use, before anything is computed; what depends on the stack is checked later."""
+    check_integer(rank, 1, 1 << 31, "rank")
+    check_integer(n_starts, 1, 1 << 16, "n_starts")
+    check_integer(max_iter, 1, 1 << 31, "max_iter")
+    for name, value in (("tol", tol), ("ridge", ridge), ("prox", prox)):
+        if not isinstance(value, (int, float)) or not 0.0 <= value < float("inf"):
+            raise ArgumentError(f"{name} is not usable", code=f"cp.{name}", expected="0 or more", got=repr(value))
+    if normalize not in (None, "fro"):
+        raise ArgumentError("normalize is not usable", code="cp.normalize", expected="None, fro", got=repr(normalize))
+    check_integer(seed, 0, 1 << 63, "seed")
+    if not isinstance(init, (str, list, tuple, CP)):
+        raise ArgumentError("init is not usable", code="cp.init", expected="a name or factors", got=type(init).__name__)
+    if isinstance(init, str) and init not in ("auto", "hosvd", "gevd", "random"):
+        raise ArgumentError(
+            "init is not usable",
+            code="cp.init",
+            expected="auto, hosvd, gevd, random or (weights, factors)",
+            got=str(init),
+        )
 
 
 def scales_of(

@@ -7,16 +7,17 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ArgumentError, DataError
-from ..arguments import check_integer
 from ..spectral.batching import in_single_threads
 from ._als import Options, Outcome
 from ._fused import run
-from ._inputs import given_factors, scales_of
+from ._inputs import check_options, given_factors, scales_of
+from ._lifted import cp_of_tiles
 from ._order import in_given_order, in_own_order
 from ._starts import gevd, hosvd, random_start
 from ._sweeps import Batch
 from ._terms import CP, in_terms
 from .stack import Core, cores_of, is_module, stacks_of
+from .tiled import TileStack, tile_stacks
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,9 @@ def cp_als(
 
     stack : a list of (B, A) pairs (or Factors), B (m, r_t) and A (r_t, n), the scale inside B, ranks free; or a list of
         such lists, one per module. B may be row shards, A column shards (`ops.Sharded`). An update may be a matrix
-        (m, n) instead, a whole stack a tensor (T, m, n): they count as factors of rank min(m, n).
+        (m, n) instead, a whole stack a tensor (T, m, n): they count as factors of rank min(m, n). A `TileStack`, or a
+        list of these, is read tile by tile and fitted between two bases that hold most of it; what they do not hold is
+        part of the reported error, its share `diagnostics["outside"]`.
     rank : terms c, 1 or more; above the sum of the ranks it is reduced, and a warning says so.
     weights : positive number per task; None for 1. normalize : "fro" divides each slice by its norm for the fit.
     init : "auto" (hosvd, gevd, random; after 10 sweeps the two best go on), "hosvd", "gevd", "random", or explicit
@@ -66,10 +69,15 @@ def cp_als(
     Returns CP, or a list of them. Errors: ArgumentError; DataError for NaN or Inf, or with `strict`.
     Source: Carroll and Chang 1970, Harshman 1970; compression after Carroll, Pruzansky, Kruskal 1980 (CANDELINC).
     """
-    single = is_module(stack)
+    single = isinstance(stack, TileStack) or (tile_stacks(stack) is None and is_module(stack))
     options: dict[str, Any] = {"weights": weights, "init": init, "n_starts": n_starts, "max_iter": max_iter, "tol": tol}
     options |= {"ridge": ridge, "prox": prox, "normalize": normalize, "seed": seed}
-    found = fits(stack, rank, **options)
+    tiles = tile_stacks(stack)
+    if tiles is None:
+        found = fits(stack, rank, **options)
+    else:
+        check_options(rank, **{name: value for name, value in options.items() if name != "weights"})
+        found = [cp_of_tiles(s, rank, i, fits, options) for i, s in enumerate(tiles)]
     for i, result in enumerate(found):
         for warning in result.diagnostics["warnings"]:
             text = warning if single else f"stack[{i}]: {warning}"
@@ -98,26 +106,9 @@ def fits(
 
     keys : a 32-bit number per module, on which its random starts depend; None for its position.
     """
+    check_options(rank, init, n_starts, max_iter, tol, ridge, prox, normalize, seed)
     single = is_module(stack)
-    rank = check_integer(rank, 1, 1 << 31, "rank")
-    n_starts = check_integer(n_starts, 1, 1 << 16, "n_starts")
-    max_iter = check_integer(max_iter, 1, 1 << 31, "max_iter")
-    for name, value in (("tol", tol), ("ridge", ridge), ("prox", prox)):
-        if not isinstance(value, (int, float)) or not 0.0 <= value < float("inf"):
-            raise ArgumentError(f"{name} is not usable", code=f"cp.{name}", expected="0 or more", got=repr(value))
-    if normalize not in (None, "fro"):
-        raise ArgumentError("normalize is not usable", code="cp.normalize", expected="None, fro", got=repr(normalize))
-    seed = check_integer(seed, 0, 1 << 63, "seed")
-    if not isinstance(init, (str, list, tuple, CP)):
-        raise ArgumentError("init is not usable", code="cp.init", expected="a name or factors", got=type(init).__name__)
     explicit = None if isinstance(init, str) else ([init] if single else list(init))
-    if explicit is None and init not in ("auto", "hosvd", "gevd", "random"):
-        raise ArgumentError(
-            "init is not usable",
-            code="cp.init",
-            expected="auto, hosvd, gevd, random or (weights, factors)",
-            got=str(init),
-        )
     stacks = stacks_of(stack)
     if explicit is not None and len(explicit) != len(stacks):
         raise ArgumentError("init does not fit", code="cp.init", expected=f"{len(stacks)}", got=str(len(explicit)))

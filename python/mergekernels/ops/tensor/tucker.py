@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from ...errors import ArgumentError
 from ..arguments import check_integer
 from ..spectral.batching import in_single_threads, in_threads
+from ._lifted import tucker_of_tiles
 from ._terms import signed, signs
-from .stack import Core, cores_of, is_module, stacks_of
+from .stack import Core, Stack, cores_of, is_module, stacks_of
+from .tiled import TileStack, tile_stacks
 
 if TYPE_CHECKING:
     import torch
@@ -58,30 +60,44 @@ def tucker(
 
     Higher-order orthogonal iteration in float64 on the core of the stack, from the leading eigenvectors of both sides.
 
-    stack : as for `cp_als`. p : columns of u, 1 or more, cut to the rank of the stack; a float in (0, 1) is the share
-    of the weighted energy that the out side alone must keep. p2 : likewise for v; None for p. weights : non-negative
-    number per task (for several modules a list of such lists), None for 1. max_iter : sweeps, 1 or more; stopping
-    there is a warning. tol : stop where the relative error changes by less, from sweep 2.
+    stack : as for `cp_als`; for a TileStack p and p2 are integers, and the lower bound is 0. p : columns of u, 1 or
+    more, cut to the rank of the stack; a float in (0, 1) is the share of the weighted energy that the out side alone
+    must keep. p2 : likewise for v; None for p. weights : non-negative number per task (for several modules a list of
+    such lists), None for 1. max_iter : sweeps, 1 or more; stopping there is a warning. tol : stop where the relative
+    error changes by less, from sweep 2.
     Returns Tucker, or a list of them. Errors: ArgumentError, DataError for NaN or Inf.
     Source: De Lathauwer, De Moor, Vandewalle 2000.
     """
-    single = is_module(stack)
-    stacks = stacks_of(stack)
     max_iter = check_integer(max_iter, 1, 1 << 31, "max_iter")
     if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0.0 <= tol < float("inf"):
         raise ArgumentError("tol is not usable", code="tucker.tol", expected="0 or more", got=repr(tol))
     sizes = (_check_size(p, "p"), _check_size(p if p2 is None else p2, "p2"))
-    cores = cores_of(stacks)
-    given: Any = [weights] * len(cores) if single or weights is None or not _nested(weights) else weights
-    if len(given) != len(cores):
-        raise ArgumentError("weights do not fit", code="tucker.weights", expected=str(len(cores)), got=str(len(given)))
-    tasks = [(core, _weights(core, w, i), sizes) for i, (core, w) in enumerate(zip(cores, given, strict=True))]
-    small = all(core.b.device.type == "cpu" and core.b.numel() + core.a.numel() < 1 << 18 for core in cores)
-    found = (in_single_threads if small else in_threads)(tasks, lambda task: _tucker(*task, max_iter, tol))
+    tiles = tile_stacks(stack)
+    single = isinstance(stack, TileStack) if tiles else is_module(stack)
+    count = len(tiles) if tiles else 1 if single else len(stack)
+    given: Any = [weights] * count if single or weights is None or not _nested(weights) else weights
+    if len(given) != count:
+        raise ArgumentError("weights do not fit", code="tucker.weights", expected=str(count), got=str(len(given)))
+    if tiles:
+        found = []
+        for one, mine in zip(tiles, given, strict=True):
+            found.append(tucker_of_tiles(one, sizes, mine, lambda x, w: _fits(stacks_of(x), [w], sizes, max_iter, tol)))
+    else:
+        found = _fits(stacks_of(stack), given, sizes, max_iter, tol)
     for i, result in enumerate(found):
         if not result.converged:
             _log.warning("tucker: stack[%d]: no convergence in %d sweeps, error %.6g", i, max_iter, result.error)
     return found[0] if single else found
+
+
+def _fits(
+    stacks: Sequence[Stack], given: Sequence[Any], sizes: tuple[int | float, int | float], max_iter: int, tol: float
+) -> list[Tucker]:
+    """The outcome of every module."""
+    cores = cores_of(stacks)
+    tasks = [(core, _weights(core, w, i), sizes) for i, (core, w) in enumerate(zip(cores, given, strict=True))]
+    small = all(core.b.device.type == "cpu" and core.b.numel() + core.a.numel() < 1 << 18 for core in cores)
+    return (in_single_threads if small else in_threads)(tasks, lambda task: _tucker(*task, max_iter, tol))
 
 
 def _nested(weights: Any) -> bool:
