@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mergekernels import _cpu
-from mergekernels._backends.reference.common import philox, tie_words
+from mergekernels._backends.reference.common import philox, philox_run, tie_words
 
 
 def test_known_answer_of_zeros() -> None:
@@ -33,3 +33,9 @@ def test_the_stream_of_a_model_is_its_number_and_the_purpose() -> None:
 
 def test_no_words() -> None:
     assert _cpu.philox(0, 0, 0, 0, 0) == []
+
+
+def test_runs_are_the_words_of_consecutive_indices() -> None:
+    for count in (0, 1, 4, 11):
+        want = philox(2**63 + 5, 0xDEADBEEF, 9, torch.arange(count))
+        assert torch.equal(philox_run(2**63 + 5, 0xDEADBEEF, 9, count), want)

@@ -66,15 +66,24 @@ def philox(seed: int, tensor: int, stream: int, g: torch.Tensor) -> torch.Tensor
 
     Key: the seed. Counter: g div 4 (64 bits), tensor id, stream. Word: lane g mod 4.
     """
-    group = g >> 2
-    c = [group & _MASK, (group >> 32) & _MASK, torch.full_like(g, tensor), torch.full_like(g, stream)]
+    return torch.stack(_groups(seed, tensor, stream, g >> 2)).gather(0, (g & 3)[None, :])[0]
+
+
+def philox_run(seed: int, tensor: int, stream: int, count: int) -> torch.Tensor:
+    """The words of the flat indices 0 .. count - 1, as `philox`, which makes four for each that it returns."""
+    groups = _groups(seed, tensor, stream, torch.arange(-(-count // 4)))
+    return torch.stack(groups, 1).flatten()[:count]
+
+
+def _groups(seed: int, tensor: int, stream: int, group: torch.Tensor) -> list[torch.Tensor]:
+    c = [group & _MASK, (group >> 32) & _MASK, torch.full_like(group, tensor), torch.full_like(group, stream)]
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
         high0, low0 = _mulhilo(_M[0], c[0])
         high1, low1 = _mulhilo(_M[1], c[2])
         c = [high1 ^ c[1] ^ k0, low1, high0 ^ c[3] ^ k1, low0]
         k0, k1 = (k0 + _W[0]) & _MASK, (k1 + _W[1]) & _MASK
-    return torch.stack(c).gather(0, (g & 3)[None, :])[0]
+    return c
 
 
 def tie_words(seed: int, tensor: int, model: int, g: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from math import pi
 from typing import TYPE_CHECKING
 
+from ..._backends import cuda_small
+
 if TYPE_CHECKING:
     import torch
 
@@ -23,13 +25,13 @@ def gaussian(shape: tuple[int, ...], seed: int, module: int, start: int, mode: i
     """Standard normal numbers in float64 that depend on these five alone (Box-Muller on Philox words)."""
     import torch
 
-    from ..._backends.reference.common import philox
+    from ..._backends.reference.common import philox_run
 
     count = 1
     for size in shape:
         count *= size
     pairs = -(-count // 2)
-    words = philox(seed, module, 16 * (4 * start + mode) + _PURPOSE, torch.arange(2 * pairs)).to(torch.float64)
+    words = philox_run(seed, module, 16 * (4 * start + mode) + _PURPOSE, 2 * pairs).to(torch.float64)
     first, second = (words[:pairs] + 1.0) * 2.0**-32, words[pairs:] * 2.0**-32
     radius = (-2.0 * first.log()).sqrt()
     flat = torch.cat([radius * (2.0 * pi * second).cos(), radius * (2.0 * pi * second).sin()])
@@ -47,19 +49,34 @@ def _leading(x: torch.Tensor, y: torch.Tensor, count: int, batch: Batch, seed: i
     count = min(count, p)
     half = batch.tasks.within(x, y)
     if p <= max(_EXACT, 4 * count):
-        exact: torch.Tensor = torch.linalg.eigh(half @ x.mT)[1]
-        return exact.flip(-1)[..., :count]
+        return _eigenvectors(half @ x.mT)[..., :count]
     basis: torch.Tensor = gaussian((p, count + 8), seed, 0, 0, 3).to(x)
     for _ in range(3):
         basis = torch.linalg.qr(half @ (x.mT @ basis))[0]
     image = half @ (x.mT @ basis)
-    turn: torch.Tensor = torch.linalg.eigh(basis.mT @ image)[1].flip(-1)[..., :count]
-    return basis @ turn
+    return basis @ _eigenvectors(basis.mT @ image)[..., :count]
+
+
+def _eigenvectors(g: torch.Tensor) -> torch.Tensor:
+    """Of symmetric matrices (N, s, s), those of large values first; on an NVIDIA GPU small ones all at once."""
+    import torch
+
+    if g.is_cuda and cuda_small.why_not(g.device) is None and cuda_small.fits(g.shape[-1], g.shape[-1], _number(g)):
+        return torch.stack([vectors for vectors, _, _ in cuda_small.small_eigh_batch(list(g))])
+    found: torch.Tensor = torch.linalg.eigh(g)[1]
+    return found.flip(-1)
+
+
+def _number(x: torch.Tensor) -> int:
+    return 0 if x.device.index is None else int(x.device.index)
 
 
 def _bases(batch: Batch, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Leading eigenvectors of sum_t D_t D_t^T and of sum_t D_t^T D_t, at most `count` of each."""
-    return _leading(batch.b, batch.a, count, batch, seed), _leading(batch.a, batch.b, count, batch, seed)
+    """Leading eigenvectors of sum_t D_t D_t^T and of sum_t D_t^T D_t, at most `count` of each; kept."""
+    if (count, seed) not in batch.bases:
+        pair = _leading(batch.b, batch.a, count, batch, seed), _leading(batch.a, batch.b, count, batch, seed)
+        batch.bases[count, seed] = pair
+    return batch.bases[count, seed]
 
 
 def _filled(u: torch.Tensor, count: int, seed: int, modules: list[int], start: int, mode: int) -> torch.Tensor:
@@ -107,8 +124,9 @@ def gevd(batch: Batch, rank: int, seed: int, modules: list[int], start: int) -> 
         return u, v
     eye = torch.eye(rank, dtype=b.dtype, device=b.device)
     safe = torch.where(sound[:, None, None], two, eye)
-    values, vectors = torch.linalg.eig(torch.linalg.solve(safe, one, left=False))
-    w = _real(values, vectors)
+    # Small and unsymmetric: LAPACK's, wherever the batch is.
+    values, vectors = torch.linalg.eig(torch.linalg.solve(safe, one, left=False).cpu())
+    w = _real(values, vectors).to(b.device)
     sound = sound & (torch.linalg.cond(w) < 1e8)
     w = torch.where(sound[:, None, None], w, eye)
     z = torch.linalg.solve(w, safe).mT

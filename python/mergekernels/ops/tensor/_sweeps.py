@@ -8,7 +8,7 @@ g = tr(G) / c. A sweep costs 4 R c (p + q) operations for each start.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,12 +24,13 @@ STEPS = (1.25, 1.5, 2.0, 3.0, 5.0, 8.0)
 
 @dataclass
 class Batch:
-    """Cores of N modules. b : (N, p, R). a : (N, q, R). norm2 : ||X||^2, (N)."""
+    """Cores of N modules. b : (N, p, R). a : (N, q, R). norm2 : ||X||^2, (N). bases : leading vectors already made."""
 
     b: torch.Tensor
     a: torch.Tensor
     tasks: Tasks
     norm2: torch.Tensor
+    bases: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def of(self, index: torch.Tensor) -> Batch:
         """Some of the modules."""

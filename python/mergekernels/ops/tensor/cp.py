@@ -26,7 +26,7 @@ __all__ = ["CP", "cp_als", "fits"]
 
 _log = logging.getLogger("mergekernels")
 _CHUNK = 256 << 20
-"""Bytes of cores and states in one batch."""
+"""Bytes of cores and states in one batch; on a GPU an eighth of the free memory, as what is computed needs more."""
 
 _LARGE = 1 << 21
 """Numbers in a core whose products are worth several threads each."""
@@ -149,7 +149,8 @@ def _chunks(cores: list[Core], rank: int, starts: int) -> Iterator[list[int]]:
     for (b, a, ranks, device), members in groups.items():
         size = 8 * (b[0] + a[0]) * (b[1] + 6 * rank * starts) + 8 * 6 * sum(ranks) * rank * starts
         threads = torch.get_num_threads() if device == "cpu" else 1
-        step = max(1, min(_CHUNK // max(1, size), -(-len(members) // threads)))
+        room = torch.cuda.mem_get_info(device)[0] // 8 if device.startswith("cuda") else _CHUNK
+        step = max(1, min(room // max(1, size), -(-len(members) // threads)))
         for k in range(0, len(members), step):
             yield members[k : k + step]
 
