@@ -1,0 +1,1 @@
+"""Configurations for FusionBench: `hydra.searchpath=[pkg://mergekernels.integrations.fusionbench.config]`."""
