@@ -119,7 +119,7 @@ def test_a_wrong_output_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "expected shape (96, 5); got (5, 96)" in capsys.readouterr().out
     file.unlink()
     assert main(["--outputs", str(tmp_path), "--method", "ties"]) == 1
-    assert "an output of the kit is missing" in capsys.readouterr().out
+    assert "this output is missing" in capsys.readouterr().out
 
 
 def test_what_cannot_be_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,6 +132,20 @@ def test_what_cannot_be_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "kit.json").write_text(json.dumps({"layout": 2, "cases": []}))
     assert main(["--kit", str(tmp_path)]) == 2
     assert "expected layout 1; got 2" in capsys.readouterr().err
+    for folder in (tmp_path / "nowhere", tmp_path):
+        assert main(["--outputs", str(folder), "--method", "ties"]) == 2
+        assert "there is no output of these cases" in (said := capsys.readouterr().err)
+        assert f"{folder}: " in said and "outputs/" in said
+    with pytest.raises(SystemExit) as caught:
+        main(["--outputs", str(KIT.folder), "--backend", "reference"])
+    assert caught.value.code == 2 and "one of the two" in capsys.readouterr().err
+
+
+def test_empty_tensors_agree() -> None:
+    case = next(c for c in KIT.cases if c.id == "mergekit-ties")
+    nothing, one = torch.zeros(0, 3), torch.ones(2)
+    assert judge(case, {"a": nothing, "b": one}, {"a": nothing, "b": one}).agrees
+    assert not judge(case, {"a": torch.zeros(1, 3), "b": one}, {"a": nothing, "b": one}).agrees
 
 
 def test_a_kit_that_is_not_usable_judges_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

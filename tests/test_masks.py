@@ -136,7 +136,24 @@ def test_the_command_line(root: Path, tmp_path: Path) -> None:
     assert status == 3 and "no expert is called 'tuned7'" in text
     assert call("masks", "restore", tmp_path / "nothing", "0", tmp_path / "f")[0] == 3
     assert call("masks", "compress", recipe(root, "linear", parameters={"weight": 1}), tmp_path / "n")[0] == 2
+    both = recipe(root, "tall_mask", "both")
+    for more in (["--method", "emr"], ["--base", root / "base"]):
+        status, text = call("masks", "compress", both, tmp_path / "n", *more)
+        assert status == 2 and f"both-tall_mask.yml beside {more[0]}" in text.replace("\n", " ")
+    status, text = call("masks", "compress", *experts, tmp_path / "n", "--base", root / "base", "--method", "ties")
+    assert status == 2 and "ties has no masks; expected tall_mask or emr" in text
     assert not (tmp_path / "n").exists() and not (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize("method", ["tall_mask", "emr"])
+def test_lambda_has_no_effect_and_a_warning_says_so(root: Path, tmp_path: Path, method: str) -> None:
+    plain = compress(recipe(root, method), tmp_path / "m")
+    scaled = compress(recipe(root, method, "scaled", parameters={"lambda": 0.5}), tmp_path / "n")
+    assert plain.scales == scaled.scales
+    said = [[w for w in report.warnings if "lambda has no effect" in w] for report in (plain, scaled)]
+    assert [len(found) for found in said] == [0, 1]
+    for file in ("vector.safetensors", "mask-00000.safetensors"):
+        assert (tmp_path / "m" / file).read_bytes() == (tmp_path / "n" / file).read_bytes()
 
 
 @pytest.fixture(scope="module")

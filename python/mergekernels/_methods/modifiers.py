@@ -51,6 +51,8 @@ LINES = MethodInfo(
         "the authors find blocks by substring, so that the number of an expert can pass for a layer; here the "
         "architecture or a pattern tells",
         "with one block the authors divide by zero; here s = alpha + beta",
+        "the multi-task form needs a method that measures the whole model (scope: model) or nothing; beside one that "
+        "measures each tensor by itself, beta alone is refused",
     ),
     tier="T1",
 )

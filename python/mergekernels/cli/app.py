@@ -201,7 +201,10 @@ def compress(
     base: Annotated[
         str | None, typer.Option(metavar="BASE", help="The experts' base, without a recipe.", show_default=False)
     ] = None,
-    method: Annotated[str, typer.Option(metavar="NAME", help="tall_mask or emr, without a recipe.")] = "tall_mask",
+    method: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="tall_mask (default) or emr, without a recipe.", show_default=False),
+    ] = None,
     backend: Backend = None,
     device: Device = "cpu",
     threads: Threads = None,

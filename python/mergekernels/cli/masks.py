@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 __all__ = ["compress_command", "restore_command"]
 
+METHODS = ("tall_mask", "emr")
+
 
 def compress_command(
     arguments: Sequence[str],
     *,
     base: str | None,
-    method: str,
+    method: str | None,
     backend: str | None,
     device: str,
     threads: int | None,
@@ -98,15 +100,28 @@ def restore_command(
     guarded(output, work, interrupted="Finished files are kept beside DEST; the same command resumes.")
 
 
-def _recipe(arguments: Sequence[str], base: str | None, method: str) -> tuple[str | Mapping[str, Any], str]:
+def _recipe(arguments: Sequence[str], base: str | None, method: str | None) -> tuple[str | Mapping[str, Any], str]:
     """(recipe, OUT) from the positional arguments: a recipe file, or experts."""
     *inputs, out = arguments
     if not inputs:
         raise ArgumentError(
             "one argument is not enough", code="usage", expected="a recipe, or experts; then OUT", got=repr(out)
         )
-    if len(inputs) == 1 and base is None and Path(inputs[0]).suffix in (".yml", ".yaml", ".json"):
+    recipes = [name for name in inputs if Path(name).suffix in (".yml", ".yaml", ".json")]
+    if recipes:
+        options = [name for name, value in (("--base", base), ("--method", method)) if value is not None]
+        beside = [name for name in inputs if name != recipes[0]] + options
+        if beside:
+            raise ArgumentError(
+                "a recipe names its own experts, base and method",
+                code="usage",
+                expected=f"{recipes[0]} alone, then OUT",
+                got=f"{recipes[0]} beside " + ", ".join(beside),
+            )
         return inputs[0], out
+    method = METHODS[0] if method is None else method
+    if method not in METHODS:
+        raise ArgumentError(f"{method} has no masks", code="usage", expected=" or ".join(METHODS), got=method)
     if base is None:
         raise ArgumentError(
             "experts need their base",
@@ -120,12 +135,13 @@ def _recipe(arguments: Sequence[str], base: str | None, method: str) -> tuple[st
 def _text(report: CompressReport) -> str:
     from ..report.text import duration, size, table
 
+    count = len(report.experts)
     rows = [
         (str(i), name, f"{scale:g}") for i, (name, scale) in enumerate(zip(report.experts, report.scales, strict=True))
     ]
     return "\n".join(
         (
-            f"{report.out}: a vector and {len(report.experts)} masks",
+            f"{report.out}: a vector and {count} mask{'' if count == 1 else 's'}",
             table(rows, ("", "expert", "scale")),
             f"{size(report.bytes_in)} in, {size(report.bytes_out)} out, in {duration(report.seconds)}; tensor memory "
             f"{size(report.peak_tensor_memory)} of {size(report.memory)}",

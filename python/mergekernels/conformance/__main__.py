@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from .._backends.dispatch import pick, requested
-from ..errors import MergeError, nearest
+from ..errors import InputError, MergeError, nearest
 from .judge import Verdict, judge
 from .kit import Case, Kit, open_kit, read_output
 from .run import outputs_of
@@ -31,11 +31,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kit", type=Path, help="folder of another kit")
     parser.add_argument("--outputs", type=Path, help="judge the files in FOLDER/outputs instead of our own results")
     options = parser.parse_args(arguments)
+    if options.outputs is not None and options.backend is not None:
+        parser.error("--outputs judges files, and --backend makes results: one of the two")
     try:
         kit = open_kit(options.kit)
         cases = _chosen(kit, options.method, options.tool)
         if options.outputs is None:
             pick("stream", (), requested(options.backend))  # one that cannot run judges nothing
+        elif not any(_file(options.outputs, case).is_file() for case in cases):
+            raise InputError(
+                "there is no output of these cases",
+                code="conformance.outputs",
+                file=str(options.outputs),
+                expected=f"outputs/{cases[0].id}.safetensors and so on in this folder",
+            )
         verdicts = [_verdict(kit, case, options.outputs, options.backend) for case in cases]
     except MergeError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -73,11 +82,15 @@ def _chosen(kit: Kit, method: str | None, tool: str | None) -> list[Case]:
     return chosen
 
 
+def _file(outputs: Path, case: Case) -> Path:
+    return outputs / "outputs" / f"{case.id}.safetensors"
+
+
 def _verdict(kit: Kit, case: Case, outputs: Path | None, backend: str | None) -> Verdict:
     expected, _ = kit.expected(case)
     try:
         if outputs is not None:
-            got, _ = read_output(outputs / "outputs" / f"{case.id}.safetensors")
+            got, _ = read_output(_file(outputs, case))
         else:
             got = outputs_of(kit, case, backend)
     except MergeError as error:

@@ -75,7 +75,7 @@ def read_output(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, dict[str
     InputError : the file is missing or damaged.
     """
     if not file.is_file():
-        raise InputError("an output of the kit is missing", code="conformance.output", file=str(file))
+        raise InputError("this output is missing", code="conformance.output", file=str(file))
     tensors: dict[str, torch.Tensor] = {}
     masks: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in _load(file, "conformance.output").items():

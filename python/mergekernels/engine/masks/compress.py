@@ -87,7 +87,8 @@ def compress(
     """Write the vector of a recipe with method `emr` or `tall_mask`, and the mask of each of its models, to `out`.
 
     The vector has the recipe's out_dtype (else dtype, else the inputs' common dtype). `out` is absent until it is
-    complete. One read of base and models (more where the method measures first). tile : elements, to force it (tests).
+    complete. lambda, which scales a merge, has no effect; a warning says so. One read of base and models (more where
+    the method measures first). tile : elements, to force it (tests).
 
     Raises
     ------
@@ -217,8 +218,12 @@ class _Compression:
             0.0,
             budget.limit,
             tiles + scheduler.peak,
-            (*plan.warnings, *sorted(self.ctx.warnings)),
+            (*plan.warnings, *self._warnings(), *sorted(self.ctx.warnings)),
         )
+
+    def _warnings(self) -> list[str]:
+        scaled = any(self.plan.specs.spec(i).params["lambda"] != 1.0 for i in self.members)
+        return ["lambda has no effect here: an expert is base + scale * vector under its mask"] if scaled else []
 
     def _tell(self, phase: str, done: int, total: int, name: str) -> None:
         if self.progress is not None:
