@@ -49,19 +49,21 @@ export PYTHONPATH=$site PATH=$site/bin:$PATH CMAKE_BUILD_PARALLEL_LEVEL=8
 "$python" -m pip install -q --target "$site" scikit-build-core pybind11 cmake ninja pytest PyYAML typer rich safetensors \
     >"$out/tools.log" 2>&1 || echo "tools: not installed, going on with what is there" | tee -a "$out/summary.txt"
 architecture=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
-step build 180 "$python" -m pip install --no-build-isolation --no-deps --target "$site" \
+step build 170 "$python" -m pip install --no-build-isolation --no-deps --target "$site" \
     -C cmake.define.CMAKE_CUDA_ARCHITECTURES="$architecture" . || exit 1
 
 # From tests/, because the folder kernels/ must not be importable as a package.
-tests=(test_gpu_devices.py test_cuda_build.py test_cuda_host.py test_cuda_small.py)
+tests=(test_gpu_devices.py test_cuda_build.py test_cuda_host.py test_cuda_small.py test_cuda_tensor.py)
 step tests 125 env -C "$root/tests" "$python" -m pytest -q -rs -p no:cacheprovider --junit-xml="$out/tests.xml" "${tests[@]}"
 if command -v compute-sanitizer >/dev/null; then
-    step sanitizer 70 env -C "$root/tests" compute-sanitizer --error-exitcode 9 --target-processes all \
-        "$python" -m pytest -q -p no:cacheprovider test_gpu_devices.py test_cuda_small.py \
-        -k "cuda and (sizes or pieces or in_place or test_list or rank_divide or batch_or_the_strides or largest) and not repeated and not host"
+    step sanitizer 65 env -C "$root/tests" compute-sanitizer --error-exitcode 9 --target-processes all \
+        "$python" -m pytest -q -p no:cacheprovider test_gpu_devices.py test_cuda_small.py test_cuda_tensor.py \
+        -k "cuda and (sizes or pieces or in_place or test_list or rank_divide or batch_or_the_strides or largest or degenerate or stated_bound) and not repeated and not host"
 fi
-step bench 95 env -C "$root/benchmarks" "$python" bench_gpu.py --out "$out/gpu.json"
+step bench 85 env -C "$root/benchmarks" "$python" bench_gpu.py --out "$out/gpu.json"
 cat "$out/bench.log"
-step bench_spectral 65 env -C "$root/benchmarks" "$python" bench_gpu_spectral.py --out "$out/gpu_spectral.json"
+step bench_spectral 55 env -C "$root/benchmarks" "$python" bench_gpu_spectral.py --out "$out/gpu_spectral.json"
 cat "$out/bench_spectral.log"
+step bench_tensor 39 env -C "$root/benchmarks" "$python" bench_gpu_tensor.py --out "$out/gpu_tensor.json"
+cat "$out/bench_tensor.log"
 exit "$failed"
