@@ -21,7 +21,7 @@ from .stored import Stored
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["adapter_config", "check_factors", "metadata_strings", "peft_keys", "write_peft"]
+__all__ = ["adapter_config", "check_factors", "metadata_strings", "peft_keys", "rank_patterns", "write_peft"]
 
 WEIGHTS = "adapter_model.safetensors"
 _KEPT = ("task_type", "auto_mapping", "revision")
@@ -127,7 +127,7 @@ def adapter_config(
     common = Counter(ranks.values()).most_common()
     # Most frequent, the smaller on a tie: the file does not depend on the order of the modules.
     rank = min(r for r, count in common if count == common[0][1])
-    patterns = _patterns(ranks, rank)
+    patterns = rank_patterns(ranks, rank)
     adapted = {site.weight for site in modules}
     saved = sorted({name.rpartition(".")[0] for name in extras or {} if name not in adapted})
     _check_saved(saved, ranks)
@@ -193,7 +193,7 @@ def _ends_in(path: str, ends: Collection[str]) -> bool:
     return True
 
 
-def _patterns(ranks: Mapping[str, int], default: int) -> dict[str, int]:
+def rank_patterns(ranks: Mapping[str, int], default: int) -> dict[str, int]:
     """Pattern -> rank, such that PEFT's rule gives every module its own.
 
     Plain paths, which older releases of PEFT look up as they are. A path is also a pattern for paths that end in it,

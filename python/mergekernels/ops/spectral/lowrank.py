@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, overload
 from ...adapters.model import Factors
 from ...errors import ArgumentError
 from ._arguments import check_size, per_matrix
+from ._cores import cores_of
 from ._inputs import Input, as_map
 from ._maps import Map
 from ._pairs import Pairs, leading
@@ -83,15 +84,35 @@ def lowrank(
     if spread not in ("b", "sqrt", "a"):
         raise ArgumentError("unknown spread", code="argument.spread", expected="b, sqrt or a", got=str(spread))
     single, items, ranks = per_matrix(X, rank, "rank")
-    maps = [as_map(x, "X" if single else f"X[{i}]") for i, x in enumerate(items)]
-    sizes = [check_size(m, r, energy, "rank") for m, r in zip(maps, ranks, strict=True)]
+    done = {} if single or energy is not None or route != "auto" else _together(items, ranks, spread)
+    left = [i for i in range(len(items)) if i not in done]
+    maps = [as_map(items[i], "X" if single else f"X[{i}]") for i in left]
+    sizes = [check_size(m, ranks[i], energy, "rank") for m, i in zip(maps, left, strict=True)]
 
     def one(task: tuple[Map, int]) -> LowRank:
         pairs = leading(task[0], task[1], energy, strict=False, tol=1e-5, route=route)
         return _factors(pairs, task[0].dtype, spread)
 
-    results = in_threads(list(zip(maps, sizes, strict=True)), one)
-    return results[0] if single else results
+    done |= zip(left, in_threads(list(zip(maps, sizes, strict=True)), one), strict=True)
+    return done[0] if single else [done[i] for i in range(len(items))]
+
+
+def _together(items: Sequence[Input], ranks: Sequence[int | None], spread: str) -> dict[int, LowRank]:
+    """Those that are products of equal shape, by position."""
+    done: dict[int, LowRank] = {}
+    for cores in cores_of(items, ranks):
+        us, vh = fix_signs(cores.us, cores.vh)
+        s = cores.squares[:, : us.shape[2]].sqrt().to(us)
+        if spread != "b":
+            move = (s.sqrt() if spread == "sqrt" else s).clamp_min(1e-38)
+            us, vh = us / move[:, None, :], vh * move[:, :, None]
+        totals = cores.squares.sum(1).tolist()
+        for i, (position, k) in enumerate(zip(cores.positions, cores.found, strict=True)):
+            squares = cores.squares[i]
+            lost = min(1.0, float(squares[k:].sum()) / totals[i])
+            factors = Factors(us[i, :, :k].contiguous(), vh[i, :k].contiguous())
+            done[position] = LowRank(factors, squares[:k].sqrt(), 1.0 - lost, math.sqrt(lost), "core")
+    return done
 
 
 def _factors(pairs: Pairs, dtype: torch.dtype, spread: str) -> LowRank:
