@@ -18,7 +18,7 @@ help:
 	@echo "make test-slow   ahead-of-time compilation of every GPU kernel, long sweeps of faults"
 	@echo "make test-exhaustive  every case of the Triton kernels under the interpreter"
 	@echo "make test-peers  agreement with mergekit, PEFT and TensorLy, installed into a folder of its own"
-	@echo "make conformance  mergekit hooked and unhooked, in that folder"
+	@echo "make conformance  mergekit and PEFT hooked and unhooked, in that folder"
 	@echo "make docs        docs/methods.md from the descriptions of the methods"
 	@echo "make lint        formatting, style and types"
 	@echo "make wheel-test  build a wheel and use it away from the tree, without torch"
@@ -60,7 +60,7 @@ test-peers: $(VENV)/.built
 SITE = $(shell $(RUN)python -c "import sysconfig; print(sysconfig.get_path('platlib'))")
 conformance: $(VENV)/.built
 	bash benchmarks/make_peer_env.sh $(VENV)-peer
-	OMP_NUM_THREADS=1 $(VENV)-peer/bin/python tests/hooked/within.py $(SITE) -q -m peer tests/hooked/test_mergekit_*.py
+	OMP_NUM_THREADS=1 $(VENV)-peer/bin/python tests/hooked/within.py $(SITE) -q -m peer tests/hooked/test_mergekit_*.py tests/hooked/test_peft_*.py
 
 docs: $(VENV)/.built
 	$(RUN)python docs/make_methods.py

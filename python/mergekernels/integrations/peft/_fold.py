@@ -59,7 +59,7 @@ class Folding:
             merged = _sum(matrix.T if flipped else matrix, modules)
             merged = (merged.T.contiguous() if flipped else merged).reshape(weight.shape)
             if safe_merge and not bool(torch.isfinite(merged).all()):
-                raise ValueError(f"NaNs detected in the merged weights. One of {', '.join(names)} seems to be broken")
+                raise NotServed("a result that is not finite, of which PEFT says whose it is")
             if safe_merge:
                 weight.data = merged
             else:

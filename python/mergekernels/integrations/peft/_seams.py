@@ -59,7 +59,7 @@ def install(state: Integration[Options]) -> None:
     options = state.options
     assert options is not None
     # Up to 0.20 the type svd multiplies weights with alpha / r, which the deltas have already.
-    doubled = "scaling" in _code(getattr(lora, _SVD)).co_names
+    doubled = "scaling" in _names(inspect.unwrap(getattr(lora, _SVD)).__code__)
     combining = Combining(state, options, doubled)
     state.hooks.replace(lora, "add_weighted_adapter", combining.whole)
     state.hooks.replace(lora, _SVD, combining.svd)
@@ -89,6 +89,7 @@ def _check(owner: Any, name: str) -> None:
         refuse("peft", f"{owner.__name__}.{name} takes other arguments: {names}")
 
 
-def _code(function: Any) -> Any:
-    """Of the original, where ours is in its place."""
-    return inspect.unwrap(function).__code__
+def _names(code: Any) -> set[str]:
+    """The names that a function's code uses, in comprehensions and inner functions too."""
+    inner = [const for const in code.co_consts if inspect.iscode(const)]
+    return set(code.co_names).union(*(_names(part) for part in inner))
