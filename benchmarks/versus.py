@@ -47,12 +47,14 @@ class Versus:
         error: Callable[[Any, Any], float],
         bound: float,
         flops: float = 0.0,
+        parts: int = 1,
     ) -> None:
         """One row per peer.
 
         op, case : what is measured, on what. ours, peers : no arguments; each must compute all of its result. error :
         distance of our result from a peer's, asserted to be at most `bound`. flops : float32 operations that our
-        algorithm has to do, for its share of the measured matrix rate (0: not stated).
+        algorithm has to do, for its share of the measured matrix rate (0: not stated). parts : the peers do one of so
+        many equal parts of our work; their times are multiplied by it.
         """
         mine = ours()
         errors, slowest = {}, 0.0
@@ -67,7 +69,7 @@ class Versus:
 
         def in_turn() -> None:
             for name, peer in peers.items():
-                theirs[name].append(_timed(peer)[0])
+                theirs[name].append(parts * _timed(peer)[0])
 
         self.benchmark.pedantic(ours, setup=in_turn, rounds=min(self.rounds, 2 if slowest > 3.0 else 5), iterations=1)
         seconds = self.benchmark.stats.stats.median
