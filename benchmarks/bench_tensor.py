@@ -234,3 +234,27 @@ def test_cost_is_linear_in_width(versus: Any, request: pytest.FixtureRequest) ->
         lambda: cp_als(large, RANK, **LINEAR).fit, {f"{high // low} times width {low}": repeated},
         lambda mine, other: abs(mine - other), 1.0,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2])
+@pytest.mark.parametrize(("modules", "large"), [(1, True), (64, False)])
+def test_mttkrp(versus: Any, side: int, modules: int, large: bool, mode: int) -> None:
+    """Beside the same products by torch in float64, module after module; stacking and checks are on both sides."""
+    from mergekernels.ops import mttkrp
+    from mergekernels.ops.tensor.mttkrp import _by_torch
+
+    rows, width = (side, RANK) if large else (side // 8, 8)
+    stacks = [related(rows, seed, rank=RANK if large else 8) for seed in range(modules)]
+    g = torch.Generator().manual_seed(4)
+    factors = [
+        [torch.randn(n, width, generator=g, dtype=torch.float64) for n in (TASKS, rows, rows)] for _ in range(modules)
+    ]
+
+    def theirs() -> list[torch.Tensor]:
+        return [_by_torch(stack, f, mode) for stack, f in zip(stacks_of(stacks), factors, strict=True)]
+
+    versus(
+        f"mttkrp, mode {mode}, {modules} modules", f"{TASKS} x {rows} x {rows}, {width} columns",
+        lambda: mttkrp(stacks, factors, mode), {"torch": theirs},
+        lambda mine, other: max(distance(x, y) for x, y in zip(mine, other, strict=True)), 1e-12,
+    )  # fmt: skip
