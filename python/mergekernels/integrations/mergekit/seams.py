@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 from ...errors import ToolError
 from .._hooks import NotServed, refuse
 from .._integration import Integration
+from .check import TASK_ARITHMETIC, arithmetic_disagreement, disagreement
 from .compute import linear_batch, merged, slerp_batch
 from .options import Options
 from .translate import FUNCTIONS, arithmetic, function
@@ -34,18 +34,26 @@ def install(integration: Integration[Options]) -> None:
     ------
     ToolError : it is not installed, or not as we know it; nothing has been replaced.
     """
-    methods = recognise(_imported())
-    kind = methods["GeneralizedTaskArithmeticMerge"]
-    served = integration.served
-    for name, method in methods["functions"].items():
-        if not _foreign(name, method.implementation):
-            integration.hooks.replace(method, "implementation", served(name, _function(integration, name), _tensor))
-    if not _foreign("GeneralizedTaskArithmeticMerge", kind.merge_group):
+    package = _imported()
+    registered = recognise(package)
+    kind = package.GeneralizedTaskArithmeticMerge
+    functions = {n: registered[n] for n in FUNCTIONS if not _foreign(n, registered[n].implementation)}
+    ours = not _foreign("GeneralizedTaskArithmeticMerge", kind.merge_group)
+    if not integration.hooks.active:
+        problem = disagreement(package, functions)
+        if problem is None and ours:
+            problem = arithmetic_disagreement(package, {n: registered[n] for n in TASK_ARITHMETIC})
+        if problem is not None:
+            refuse("mergekit", problem)
+    for name, method in functions.items():
+        make = integration.served(name, _function(integration, name), _tensor)
+        integration.hooks.replace(method, "implementation", make)
+    if ours:
         integration.hooks.replace(kind, "merge_group", _arithmetic(integration))
 
 
-def recognise(package: ModuleType) -> dict[str, Any]:
-    """The methods of ``mergekit.merge_methods``: "functions", by name, and the class of task arithmetic.
+def recognise(package: Any) -> dict[str, Any]:
+    """The methods of ``mergekit.merge_methods``, by name.
 
     Raises
     ------
@@ -65,7 +73,6 @@ def recognise(package: ModuleType) -> dict[str, Any]:
         if missing:
             refuse("mergekit", f"{name} lacks {', '.join(sorted(missing))}")
     registered = {method.spec.name: method for method in package.registered_methods()}
-    functions = {}
     for name, expected in FUNCTIONS.items():
         implementation = getattr(registered.get(name), "implementation", None)
         if implementation is None:
@@ -73,23 +80,29 @@ def recognise(package: ModuleType) -> dict[str, Any]:
         found = tuple(inspect.signature(implementation).parameters)
         if found != expected and not _foreign(name, implementation, quiet=True):
             refuse("mergekit", f"{name} takes ({', '.join(found)}), not ({', '.join(expected)})")
-        functions[name] = registered[name]
     kind = package.GeneralizedTaskArithmeticMerge
     if tuple(inspect.signature(kind.merge_group).parameters) != ("self", "group", "parameters"):
         refuse("mergekit", "GeneralizedTaskArithmeticMerge.merge_group has another signature")
-    return {"functions": functions, "GeneralizedTaskArithmeticMerge": kind}
+    for name in TASK_ARITHMETIC:
+        if not isinstance(registered.get(name), kind):
+            refuse("mergekit", f"the method {name} is not a GeneralizedTaskArithmeticMerge")
+    return registered
 
 
-def _imported() -> ModuleType:
+def _imported() -> Any:
     try:
         import mergekit.merge_methods as package
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.partition(".")[0] != "mergekit":
-            raise
+            raise ToolError(f"mergekit cannot be imported: {error}", code="integration.missing") from error
         raise ToolError(
-            "mergekit is not installed", code="integration.missing", hint="pip install mergekit==0.1.5"
+            "mergekit is not installed", code="integration.missing", hint="Install it: pip install mergekit==0.1.5"
         ) from error
-    return package  # type: ignore[no-any-return]
+    except Exception as error:
+        raise ToolError(
+            f"mergekit cannot be imported: {type(error).__name__}: {error}", code="integration.missing"
+        ) from error
+    return package
 
 
 def _foreign(name: str, implementation: Any, *, quiet: bool = False) -> bool:
