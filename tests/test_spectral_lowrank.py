@@ -8,9 +8,12 @@ import torch
 from mergekernels import ops
 from mergekernels.adapters.model import Factors
 from mergekernels.errors import ArgumentError, DataError
+from mergekernels.ops.spectral._cores import cores_of
 from mergekernels.ops.spectral._inputs import as_map
 from mergekernels.ops.spectral._maps import Map
 from mergekernels.ops.spectral._pairs import cheapest
+from mergekernels.ops.spectral.lowrank import lowrank
+from mergekernels.ops.spectral.mix import Mix
 from spectra import F64, SPECTRA, factors, gaussian, low_rank_of, matrix, orthonormal, relative, svd
 
 
@@ -259,3 +262,63 @@ def test_bad_arguments():
         ops.lowrank([x], rank=1)
     with pytest.raises(DataError, match=r"X\.factors\[0\]\.a"):
         ops.lowrank(ops.Mix(factors=[(1.0, x)]), rank=1)
+
+
+def _products(count: int, m: int, n: int, ranks: tuple[int, ...]) -> list[Mix]:
+    generator = torch.Generator().manual_seed(5)
+    return [
+        Mix(
+            [
+                (w, Factors(torch.randn(m, r, generator=generator), torch.randn(r, n, generator=generator)))
+                for w, r in zip((0.5, -1.5, 3.0), ranks, strict=False)
+            ]
+        )
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("spread", ["b", "sqrt", "a"])
+@pytest.mark.parametrize(("m", "n", "rank"), [(120, 90, 7), (64, 200, 24), (300, 300, 60)])
+def test_many_products_of_one_shape_are_each_by_itself(m: int, n: int, rank: int, spread) -> None:
+    """The batch of `_cores`, which ordinary products of one shape take together."""
+    items = _products(5, m, n, (8, 12, 4))
+    together = [i for found in cores_of(items, [rank] * 5) for i in found.positions]
+    assert sorted(together) == list(range(5))
+    for threads in (1, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            many = lowrank(items, rank, spread=spread)
+        finally:
+            torch.set_num_threads(before)
+        for item, found in zip(items, many, strict=True):
+            one = lowrank(item, rank, spread=spread)
+            assert found.route == one.route == "core" and found.factors.shape == one.factors.shape
+            assert found.factors.rank == one.factors.rank == min(rank, 24)
+            for got, want in ((found.factors.b, one.factors.b), (found.factors.a, one.factors.a)):
+                assert float((got - want).norm()) < 1e-5 * float(want.norm())
+            torch.testing.assert_close(found.singular_values, one.singular_values, rtol=1e-7, atol=0.0)
+            assert abs(found.kept_energy - one.kept_energy) < 1e-8 and abs(found.error - one.error) < 1e-6
+            whole = sum(w * f.b.double() @ f.a.double() for w, f in item.factors)
+            if rank >= 24:  # nothing is cut
+                assert float((found.factors.dense() - whole).norm() / whole.norm()) < 1e-6
+
+
+def test_odd_products_among_many_are_looked_at_by_themselves() -> None:
+    """Dependent and zero columns, terms that cancel, sizes beyond float32: left out of the batch, and right."""
+    items = [f for mix in _products(8, 80, 90, (24,)) for _, f in mix.factors]
+    items[1].b[:, 3] = 0.0
+    items[2].a[5] = items[2].a[4]
+    items[4] = Factors(items[4].b * 1e-25, items[4].a * 1e-25)
+    items[5].b[:, 12:] = -items[5].b[:, :12] * (1 + 1e-6)
+    items[5].a[12:] = items[5].a[:12]
+    mixed = [*items, Mix([(1.0, items[0]), (-1.0, items[0])])]
+    inside = {i for found in cores_of(mixed, [10] * 9) for i in found.positions}
+    assert {0, 3, 6, 7} <= inside <= {0, 2, 3, 6, 7}  # whether equal rows are noticed is a matter of rounding
+    for item, found in zip(mixed, lowrank(mixed, 10), strict=True):
+        one = lowrank(item, 10)
+        assert found.factors.rank == one.factors.rank and found.route == one.route
+        assert float((found.factors.dense() - one.factors.dense()).norm()) <= 1e-6 * float(one.factors.dense().norm())
+    items[6].b[0, 0] = float("nan")
+    with pytest.raises(DataError, match=r"X\[6\]"):
+        lowrank(items, 10)
