@@ -122,9 +122,11 @@ class _Change:
 
     def add(self, new: torch.Tensor, old: torch.Tensor | None) -> None:
         """One model's deviation."""
-        self.size += float(new.double().square().sum())
+        from ...ops.spectral.gram import inner
+
+        self.size += inner(new, new)
         moved = new if old is None else new - old
-        self.moved += float(moved.double().square().sum())
+        self.moved += inner(moved, moved)
 
     @property
     def small(self) -> bool:

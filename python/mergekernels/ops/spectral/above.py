@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from .follow import followed, helpful
+from .gram import inner
 from .iterations import probes
 from .qr import tall_qr
 from .sharded import moderate
@@ -40,8 +42,15 @@ def triplets_above(
     import torch
 
     n = x.shape[1]
-    size = float(torch.linalg.vector_norm(x, dtype=torch.float64))
     most = n // 6  # from about there an eigendecomposition is as fast
+    if warm is not None and warm.shape[1] <= n // 3 and moderate(x):
+        near = followed(x, warm, cut, TARGET)
+        if near is not None:
+            u, s, w, basis = near
+            if remainder(x, w, cut(s), steps=3) is None:
+                return (u, s, w), basis
+        warm = warm[:, : warm.shape[1] // 2]
+    size = inner(x, x) ** 0.5
     extra = _signs(n, 24, x)
     block = extra if warm is None else torch.cat([warm.to(x), extra[:, :8]], 1)
     if block.shape[1] > most or size == 0.0 or not moderate(x):
@@ -66,7 +75,7 @@ def triplets_above(
         if excess <= 1:
             missed = remainder(x, w, tau)
             if missed is None:
-                return (u[:, :k], s[:k], w[:, :k]), w[:, : k + k // 4 + 8]
+                return (u[:, :k], s[:k], w[:, :k]), w[:, : helpful(k)]
             block = tall_qr(torch.cat([w, missed], 1)).q
             continue
         filtered = tall_qr(_filtered(x, w, back, s, tau, excess, _settled(off, s, size))).q
@@ -140,14 +149,14 @@ def _filtered(
     return torch.cat([head, now / sizes[-1].abs().clamp_min(1.0)], 1)
 
 
-def remainder(x: torch.Tensor, w: torch.Tensor, tau: float) -> torch.Tensor | None:
+def remainder(x: torch.Tensor, w: torch.Tensor, tau: float, steps: int = 6) -> torch.Tensor | None:
     """Directions outside w in which X is larger than the threshold, by power steps; None if there seem to be none."""
     import torch
 
     # As rows: products with few columns are several times slower.
     v = _signs(x.shape[1], 8, x).mT.contiguous()
     size = v.new_ones(8)
-    for _ in range(6):
+    for _ in range(steps):
         for _ in range(2):  # the second pass matters where next to nothing is left by the first
             v = v - (v @ w) @ w.mT
             v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp_min(1e-30)

@@ -9,7 +9,7 @@ from .sharded import BLOCK, Matrix, Sharded, blocks
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["gram", "plain_gram", "row_gram", "short_gram", "symmetric", "times"]
+__all__ = ["gram", "inner", "plain_gram", "row_gram", "short_gram", "symmetric", "times"]
 
 TILE = 256
 """Columns of one tile of a Gram; only tiles on and above the diagonal are multiplied."""
@@ -57,6 +57,14 @@ def short_gram(x: torch.Tensor, rows: bool) -> torch.Tensor:
             torch.mm(tall[:, i : i + NARROW].mT, tall[:, i:], out=part[i : i + NARROW, i:])
         total += part
     return symmetric(total)
+
+
+def inner(x: torch.Tensor, y: torch.Tensor) -> float:
+    """<X, Y> of matrices: rows in their own dtype, blocks of rows that stay in the cache, their sums in float64."""
+    import torch
+
+    pieces = zip(x.split(128), y.split(128), strict=True)  # type: ignore[no-untyped-call]
+    return float(sum((p * q).sum(-1).sum(dtype=torch.float64) for p, q in pieces))
 
 
 def plain_gram(parts: list[torch.Tensor], whole: bool = True) -> torch.Tensor:

@@ -10,7 +10,7 @@ from ...errors import ArgumentError
 from .batching import groups, one_or_many
 from .cuts import check_tol, rank_cut
 from .factor_sides import both_sides, departure, product_of
-from .gram import gram, times
+from .gram import gram, inner, times
 from .iterations import extremes, newton_schulz, probes, qdwh
 from .qr import tall_qr
 from .sharded import Matrix, Sharded, check_matrix, cut_like, dense, moderate
@@ -135,15 +135,7 @@ def _may_split(x: Matrix, cut: float) -> bool:
 def _inner(p: Matrix, x: Matrix) -> float:
     """<P, X>, the nuclear norm of X."""
     pairs = zip(_rows(p).parts, _rows(x).parts, strict=True)
-    return sum(_dot(q, y) for q, y in pairs)
-
-
-def _dot(x: torch.Tensor, y: torch.Tensor) -> float:
-    """<X, Y>: rows in their own dtype, blocks of rows that stay in the cache, their sums in float64."""
-    import torch
-
-    pieces = zip(x.split(128), y.split(128), strict=True)  # type: ignore[no-untyped-call]
-    return float(sum((p * q).sum(-1).sum(dtype=torch.float64) for p, q in pieces))
+    return sum(inner(q, y) for q, y in pairs)
 
 
 def _tall(x: Matrix, tol: float | None, route: str, nuclear: bool) -> Polar:
@@ -179,7 +171,7 @@ def _rows(x: Matrix) -> Sharded:
 
 def measure(p: Matrix) -> tuple[float, float]:
     """tr(P^T P), and ||P P^T P - P||_F estimated with random vectors."""
-    return sum(_dot(q, q) for q in _rows(p).parts), _off(p)
+    return sum(inner(q, q) for q in _rows(p).parts), _off(p)
 
 
 def _off(p: Matrix) -> float:
