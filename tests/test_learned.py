@@ -278,6 +278,61 @@ def test_refusals() -> None:
             call()
 
 
+def test_tensors_without_plain_memory() -> None:
+    base, models, gradient = family(torch.float32, shape=(3, 4))
+    c, z = torch.ones(3), torch.zeros(3, 4)
+    for strange in (lambda x: x.to("meta"), lambda x: x.to_sparse()):
+        cases: list[tuple[Any, str]] = [
+            (lambda: combine(models, strange(c), base=base), "coefficients"),  # noqa: B023
+            (lambda: concrete(models, strange(c), z, base=base), "coefficients"),  # noqa: B023
+            (lambda: concrete(models, c, strange(z), base=base), "logits"),  # noqa: B023
+            (lambda: seg_dot(strange(gradient), models, base=base), "the gradient"),  # noqa: B023
+        ]
+        for call, what in cases:
+            with pytest.raises(ArgumentError, match=f"{what} has no plain memory"):
+                call()
+    with pytest.raises(ArgumentError, match=r"inside a transform such as torch\.func\.grad"):
+        torch.func.grad(lambda x: combine(models, x, base=base).sum())(c)
+    with pytest.raises(ArgumentError, match="logits has a dtype that cannot be merged"):
+        concrete(models, c, z.to(torch.float8_e5m2), base=base)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lazily_negated_tensors_have_their_values(backend: str) -> None:
+    base, models, gradient = family(torch.float32, shape=(3, 4))
+    c, z = torch.ones(3, requires_grad=True), torch.randn(3, 4)
+    negated = [torch._neg_view(x) for x in (z, gradient)]  # type: ignore[attr-defined]
+    found = []
+    for logits, slope in (negated, [-z, -gradient]):
+        y = concrete(models, c, logits, base=base, backend=backend)
+        dots = seg_dot(slope, models, base=base, backend=backend)
+        found.append([y.detach(), dots, *torch.autograd.grad(y, c, slope)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_float64_gradient_is_not_rounded(backend: str) -> None:
+    base, models, _ = family(torch.float32)
+    gradient = torch.full(SHAPE, 1 + 2.0**-40, dtype=torch.float64)
+    exact = [(gradient * (m.double() - base.double())).sum() for m in models]
+    got = seg_dot(gradient, models, base=base, backend=backend)
+    assert torch.allclose(got, torch.stack(exact), rtol=1e-14, atol=0)
+    c = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    y = combine(models, c, base=base, out_dtype=torch.float64, backend=backend)
+    assert torch.equal(torch.autograd.grad(y, c, gradient)[0], got)
+    huge = seg_dot(gradient * 1e300, models, base=base, backend=backend)
+    assert huge.isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e300])
+def test_a_temperature_must_be_a_number_of_the_arithmetic(temperature: float) -> None:
+    models, c, z = [torch.ones(4), torch.zeros(4)], torch.ones(2), torch.zeros(4)
+    with pytest.raises(ArgumentError, match=r"temperature is (too small|beyond the range)"):
+        concrete(models, c, z, temperature=temperature)
+    y = concrete([m.double() for m in models], c, z, temperature=temperature)
+    assert y.isfinite().all()
+
+
 def test_numbers_and_gradients_that_cannot_be_computed_with() -> None:
     x = torch.ones(4)
     for shape in ((1,), (1, 2)):

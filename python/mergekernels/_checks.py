@@ -70,9 +70,10 @@ def _why_no_memory(tensor: torch.Tensor) -> str | None:
     if tensor.layout != torch.strided:
         return str(tensor.layout)
     try:
-        tensor.data_ptr()
+        tensor.detach().data_ptr()
     except RuntimeError:  # traced, batched and fake tensors
-        return type(tensor).__name__
+        kind = type(tensor).__name__
+        return "a tensor inside a transform such as torch.func.grad" if kind == "Tensor" else kind
     return None
 
 

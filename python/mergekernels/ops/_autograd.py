@@ -15,9 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from .. import _cpu
 from .._backends.dispatch import LearnedBackend, pick, requested, require
+from .._checks import check_tensor
 from .._native import view_of
 from ..errors import ArgumentError
-from ..tensors import Piece, TensorView, compute_dtype, tensor_id
+from ..tensors import Piece, TensorView, compute_dtype, dtype_of, tensor_id
 from .arguments import check_range
 from .inputs import Inputs, num_threads
 from .learned import MaskMerge, Relaxed, SegDot
@@ -40,7 +41,7 @@ class Passes:
         self.request = requested(backend)
         self.threads = num_threads(threads)
         self.base, self.models = inputs.views(0)
-        views = [*inputs.all_views] + ([] if logits is None else [view_of(logits.detach())])
+        views = [*inputs.all_views] + ([] if logits is None else [self._logits(logits)])
         self.compute = compute_dtype([v.dtype for v in views])
         self.piece = Piece.flat(0, inputs.n)
 
@@ -64,26 +65,33 @@ class Passes:
                 expected=f"a float tensor of shape {self.inputs.shape}",
                 got=str(tuple(gradient.shape)) if isinstance(gradient, torch.Tensor) else type(gradient).__name__,
             )
-        slope = view_of(gradient.detach().contiguous())
-        if not slope.dtype.is_float:
+        dtype = dtype_of(str(gradient.dtype).removeprefix("torch."))
+        if dtype is None or not dtype.is_float:
             raise ArgumentError(
                 "gradient is not usable",
                 code="gradient",
                 expected="bfloat16, float16, float32 or float64",
                 got=str(gradient.dtype),
             )
-        z = None if logits is None else view_of(logits.detach())
+        slope = self._gradient(gradient)
+        z = None if logits is None else self._logits(logits)
+        # A mask is the one of the merge; without one nothing needs the gradient rounded to the merge's arithmetic.
+        compute = (
+            self.compute
+            if request.mask is not None
+            else compute_dtype([*(v.dtype for v in self.inputs.all_views), slope.dtype])
+        )
         backend = self.backend("seg_dot", "seg_dot", [slope] if z is None else [slope, z])
         sums = _cpu.BlockSums(self.inputs.num_models * request.groups, 1, self.inputs.n)
         if self.inputs.n:
             backend.seg_dot(
-                request, sums, self.piece, self.base, self.models, slope, z, compute=self.compute, threads=self.threads
+                request, sums, self.piece, self.base, self.models, slope, z, compute=compute, threads=self.threads
             )
         return _fold(sums)
 
     def mask_mean(self, mask: Relaxed, logits: torch.Tensor) -> float:
         """The mean of the mask."""
-        z = view_of(logits.detach())
+        z = self._logits(logits)
         backend = self.backend("mask_sum", "concrete", [z])
         sums = _cpu.BlockSums(1, 1, self.inputs.n)
         if not self.inputs.n:
@@ -95,8 +103,8 @@ class Passes:
         self, request: MaskMerge, gradient: torch.Tensor | None, logits: torch.Tensor, out: torch.Tensor
     ) -> torch.Tensor:
         """Merge inside the mask, or the gradient of the logits, into `out`."""
-        slope = None if gradient is None else view_of(gradient.detach().contiguous())
-        z = view_of(logits.detach())
+        slope = None if gradient is None else self._gradient(gradient)
+        z = self._logits(logits)
         backend = self.backend("mask_merge", "concrete", [z] if slope is None else [z, slope])
         if self.inputs.n:
             backend.mask_merge(
@@ -111,6 +119,12 @@ class Passes:
                 threads=self.threads,
             )
         return out
+
+    def _logits(self, logits: torch.Tensor) -> TensorView:
+        return view_of(check_tensor(logits, "the tensor of logits", self.inputs.name))
+
+    def _gradient(self, gradient: torch.Tensor) -> TensorView:
+        return view_of(check_tensor(gradient, "the gradient", self.inputs.name).contiguous())
 
 
 class Combine(torch.autograd.Function):

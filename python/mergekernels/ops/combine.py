@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .._checks import check_tensor
 from .._native import torch_dtype
 from ..errors import ArgumentError
-from ..tensors import promote
-from .arguments import check_integer
+from ..tensors import DType, promote
+from .arguments import check_integer, check_range, in_compute
 from .inputs import Inputs, gather
 from .learned import MAX_GROUPS, Relaxed, SegDot, step_seed
 from .output import check_out_dtype
@@ -38,7 +39,7 @@ def seg_dot(
     Parameters
     ----------
     gradient, models, base : tensors of one shape and device, bfloat16 to float64; deltas are models - base, or the
-        models without a base.
+        models without a base, in float64 if one of all these is, else in float32.
     groups : 1 to 256; above 1 the elements are dealt to that many random groups, the same for every tensor of the
         shape. seed : 64 bits, of the groups.
     backend, threads : see `mergekernels.merge`.
@@ -131,7 +132,8 @@ def concrete(
     ----------
     models, base : frozen tensors of one shape and device. coefficients : float tensor [models]. logits : float tensor
         of the models' shape.
-    temperature : above 0. name, seed, step : of the draw; the same three give the same mask.
+    temperature : above 0, also once rounded to the arithmetic's dtype. name, seed, step : of the draw; the same three
+        give the same mask.
     out_dtype, backend, threads : as in `combine`.
 
     Returns
@@ -163,6 +165,7 @@ def concrete(
     mask = Relaxed(temperature, step_seed(seed, step), inputs.tensor)
     dtype = _out_dtype(inputs, out_dtype)
     passes = Passes(inputs, backend, threads, logits)
+    _check_temperature(mask.temperature, passes.compute, name)
     result: torch.Tensor = Concrete.apply(coefficients, logits, inputs, mask, dtype, passes)  # type: ignore[no-untyped-call]
     return result
 
@@ -199,7 +202,21 @@ def _check_coefficients(coefficients: Any, inputs: Inputs, *, grouped: bool) -> 
             expected=expected + (f", at most {MAX_GROUPS} groups" if grouped else ""),
             got=str(tuple(coefficients.shape)),
         )
+    check_tensor(coefficients, "the tensor of coefficients", inputs.name)
     return int(groups)
+
+
+def _check_temperature(temperature: float, compute: DType, name: str) -> None:
+    """Refuse one that the compute dtype turns into 0 or infinity."""
+    check_range((temperature,), compute, "temperature", name)
+    if in_compute(temperature, compute) == 0:
+        raise ArgumentError(
+            f"temperature is too small for {compute}, in which these tensors are merged",
+            code="temperature",
+            tensor=name or None,
+            expected="a number that does not round to 0",
+            got=repr(temperature),
+        )
 
 
 def _out_dtype(inputs: Inputs, asked: torch.dtype | None) -> torch.dtype:
