@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -255,6 +255,23 @@ def test_the_place_of_a_nan_is_exact_in_large_tensors(backend: str) -> None:
     dicts = [{"a": t[:1000], "w": t} for t in (x, base)]
     with pytest.raises(DataError, match="tensor 'w': " + message):
         mk.merge_state_dicts(dicts[:1], "ties", base=dicts[1], weights=1, density=0.2, scope="model", backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("strange", "got"),
+    [
+        (torch._neg_view, "a view that negates its memory"),  # type: ignore[attr-defined]
+        (lambda x: x.to("meta"), "a meta tensor"),
+        (lambda x: x.to_sparse(), "torch.sparse_coo"),
+    ],
+    ids=["negated", "meta", "sparse"],
+)
+def test_out_has_plain_memory(strange: Any, got: str) -> None:
+    x = torch.arange(1.0, 9.0)
+    with pytest.raises(ArgumentError, match=f"out has no plain memory; expected dense; got {got}"):
+        mk.merge([x, x], "linear", weights=1.0, out=strange(torch.zeros(8)))
+    # As an input such a view has its values.
+    assert torch.equal(mk.merge([torch._neg_view(-x), x], "linear", weights=[1.0, 3.0]), x)  # type: ignore[attr-defined]
 
 
 def test_out_must_have_memory_of_its_own() -> None:

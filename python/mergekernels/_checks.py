@@ -148,6 +148,11 @@ def check_out(
 
     if not isinstance(out, torch.Tensor):
         raise ArgumentError("out is not a tensor", code="out", tensor=name, got=type(out).__name__)
+    kind = _why_no_memory(out)
+    if kind is None and (out.is_neg() or out.is_conj()):
+        kind = "a view that negates its memory"
+    if kind is not None:
+        raise ArgumentError("out has no plain memory", code="out", tensor=name, expected="dense", got=kind)
     if out.shape != like.shape or out.dtype != dtype or out.device != like.device:
         raise ArgumentError(
             "out does not fit the result",
