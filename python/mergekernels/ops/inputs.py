@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -45,13 +46,18 @@ class Inputs:
 
     def views(self, shard: int) -> tuple[TensorView | None, list[TensorView]]:
         """(base, models) of a shard."""
-        views = [view_of(t) for t in self.tensors[shard]]
+        views = list(self._views[shard])
         return (views.pop() if self.has_base else None), views
 
     @property
     def all_views(self) -> list[TensorView]:
         """Every view, for a backend to say whether it can serve them."""
-        return [view_of(t) for shard in self.tensors for t in shard]
+        return [view for shard in self._views for view in shard]
+
+    @cached_property
+    def _views(self) -> tuple[tuple[TensorView, ...], ...]:
+        # Many rounds ask for them, and for small tensors they are a tenth of a call.
+        return tuple(tuple(view_of(t) for t in shard) for shard in self.tensors)
 
 
 def gather(models: Sequence[Any], base: Any, name: str, shard_dim: int, names: Sequence[str] = ()) -> Inputs:
