@@ -18,12 +18,15 @@
 #define MK_BLOCK inline
 #endif
 
-// Loops that must be unrolled (so that arrays live in registers), and loops that must not.
+// Loops that must be unrolled (so that arrays live in registers), loops whose next step is to be read ahead, and loops
+// that must not be unrolled.
 #if defined(__CUDACC__)
 #define MK_UNROLL _Pragma("unroll")
+#define MK_TWICE _Pragma("unroll 2")
 #define MK_ROLLED _Pragma("unroll 1")
 #else
 #define MK_UNROLL
+#define MK_TWICE
 #define MK_ROLLED
 #endif
 

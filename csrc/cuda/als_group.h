@@ -97,7 +97,7 @@ struct AlsBlock : Threads {
           row[t] = i0 + t * down < rows ? i0 + t * down : rows - 1;
           column[t] = k0 + t * across < width ? k0 + t * across : width - 1;
         }
-        MK_ROLLED
+        MK_TWICE
         for (int d = 0; d < depth; ++d) {
           double x[kTile], y[kTile];
           MK_UNROLL

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     Module = tuple[torch.Tensor, torch.Tensor, tuple[int, ...], list[torch.Tensor | None]]
 
-__all__ = ["LARGE", "NUMBERS", "least_squares", "mttkrp", "room", "serves_products"]
+__all__ = ["LARGE", "NUMBERS", "fills", "least_squares", "mttkrp", "room", "serves_products"]
 
 NUMBERS = 6
 """Of the report of a start: err / ||X||, whether it has ended (2: it needs an orthonormal out factor), sweeps, longer
@@ -122,6 +122,18 @@ def serves_products(b: torch.Tensor, at: torch.Tensor, width: int) -> bool:
     if b.device.type != "cpu":
         return cuda_small.why_not(b.device) is None
     return hasattr(_cpu, "mttkrp") and (width <= 16 or isa() != "base")
+
+
+def fills(modules: Sequence[Module], width: int) -> bool:
+    """Whether a call of `mttkrp` is better than a library's, module after module.
+
+    On a GPU it has a block for 64 stacked columns and 16 or 64 columns of the factors: fewer than 128 of them leave
+    most of the device idle over sums as long as m, which a library cuts. The number is an estimate, not measured.
+    """
+    if modules[0][0].device.type == "cpu":
+        return True
+    columns = 16 if width <= 16 else 64
+    return sum(-(-sum(ranks) // 64) for _, _, ranks, _ in modules) * -(-width // columns) >= 128
 
 
 def mttkrp(modules: Sequence[Module], mode: int, width: int) -> list[torch.Tensor]:

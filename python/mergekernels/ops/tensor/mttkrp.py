@@ -30,8 +30,8 @@ def mttkrp(stack: Any, factors: Any, mode: int) -> Any:
     Returns M in float64, for a list of modules a list. B in row shards (A in column shards) take U (V) in the same
     shards or whole and return M of mode 1 (mode 2) whole; only P and S, (R, c), cross the cut.
     Error, in parts of the sums of magnitudes: on the CPU and of float64 stacks (m + R) 2^-52, in mode 2 (n + R) 2^-52,
-    whatever the threads. Of float32 stacks on a GPU 2^-18 in CUDA C++, which takes all modules in one call, and (m + R)
-    2^-23 in Triton.
+    whatever the threads. Of float32 stacks on a GPU 2^-18 in CUDA C++, which takes many modules in one call, and
+    (m + R) 2^-23 in Triton.
     Errors: ArgumentError, DataError for NaN or Inf.
     """
     if mode not in (0, 1, 2):
@@ -85,26 +85,35 @@ def _checked(stack: Stack, factors: Any, mode: int) -> list[Any]:
 
 def _all(stacks: Sequence[Stack], factors: Sequence[list[Any]], mode: int) -> list[torch.Tensor]:
     """Modules that native code takes in one call for each width, the others one after the other."""
-    import torch
-
-    found: list[torch.Tensor | None] = [None] * len(stacks)
+    found: dict[int, torch.Tensor] = {}
     batches: dict[tuple[str, int], list[tuple[int, Any]]] = {}
     for i, (stack, wide) in enumerate(zip(stacks, factors, strict=True)):
-        if isinstance(stack.b, torch.Tensor) and isinstance(stack.at, torch.Tensor):
-            width = next(int(x.shape[1]) for x in wide if x is not None)
-            if _tensor.serves_products(stack.b, stack.at, width):
-                module = (stack.b, stack.at, stack.ranks, wide)
-                batches.setdefault((str(stack.b.device), width), []).append((i, module))
-                continue
-            if kernels.serves(stack.b):
-                found[i] = _by_triton(stack.b, stack.at, stack.ranks, wide, mode)
-                continue
-        found[i] = _by_torch(stack, wide, mode)
+        width, whole = next(int(x.shape[1]) for x in wide if x is not None), _whole(stack)
+        if whole is not None and _tensor.serves_products(*whole, width):
+            batches.setdefault((str(whole[0].device), width), []).append((i, (*whole, stack.ranks, wide)))
     for (_, width), members in batches.items():
-        products = _tensor.mttkrp([module for _, module in members], mode, width)
-        for (i, _), product in zip(members, products, strict=True):
-            found[i] = product
-    return [x for x in found if x is not None]
+        modules = [module for _, module in members]
+        if _tensor.fills(modules, width):
+            products = _tensor.mttkrp(modules, mode, width)
+            found.update({i: product for (i, _), product in zip(members, products, strict=True)})
+    for i, (stack, wide) in enumerate(zip(stacks, factors, strict=True)):
+        if i not in found:
+            found[i] = _alone(stack, wide, mode)
+    return [found[i] for i in range(len(stacks))]
+
+
+def _whole(stack: Stack) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Its two matrices, unless they are in shards."""
+    if isinstance(stack.b, Sharded) or isinstance(stack.at, Sharded):
+        return None
+    return stack.b, stack.at
+
+
+def _alone(stack: Stack, factors: list[Any], mode: int) -> torch.Tensor:
+    whole = _whole(stack)
+    if whole is not None and kernels.serves(whole[0]):
+        return _by_triton(*whole, stack.ranks, factors, mode)
+    return _by_torch(stack, factors, mode)
 
 
 def _by_torch(stack: Stack, factors: list[Any], mode: int) -> torch.Tensor:
