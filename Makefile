@@ -18,7 +18,7 @@ help:
 	@echo "make test-slow   ahead-of-time compilation of every GPU kernel, long sweeps of faults"
 	@echo "make test-exhaustive  every case of the Triton kernels under the interpreter"
 	@echo "make test-peers  agreement with mergekit, PEFT and TensorLy, installed into a folder of its own"
-	@echo "make conformance  mergekit and PEFT hooked and unhooked, in that folder"
+	@echo "make conformance  mergekit, PEFT, FusionBench and sd-mecha hooked and unhooked, in folders of their own"
 	@echo "make docs        docs/methods.md from the descriptions of the methods"
 	@echo "make lint        formatting, style and types"
 	@echo "make wheel-test  build a wheel and use it away from the tree, without torch"
@@ -61,6 +61,10 @@ SITE = $(shell $(RUN)python -c "import sysconfig; print(sysconfig.get_path('plat
 conformance: $(VENV)/.built
 	bash benchmarks/make_peer_env.sh $(VENV)-peer
 	OMP_NUM_THREADS=1 $(VENV)-peer/bin/python tests/hooked/within.py $(SITE) -q -m peer tests/hooked/test_mergekit_*.py tests/hooked/test_peft_*.py
+	bash benchmarks/make_peer_env.sh $(VENV)-fusionbench fusionbench
+	bash benchmarks/make_peer_env.sh $(VENV)-sd-mecha sd-mecha
+	MERGEKERNELS_FUSIONBENCH_ENV=$(abspath $(VENV)-fusionbench) MERGEKERNELS_SD_MECHA_ENV=$(abspath $(VENV)-sd-mecha) \
+		$(RUN)pytest -q -m peer tests/peers/test_fusionbench_hooks.py tests/peers/test_sd_mecha_hooks.py
 
 docs: $(VENV)/.built
 	$(RUN)python docs/make_methods.py

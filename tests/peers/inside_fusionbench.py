@@ -91,7 +91,8 @@ def agree(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], bound: fl
 
 
 @pytest.fixture(autouse=True)
-def off() -> Iterator[None]:
+def off(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(functions, "SMALLEST_SIDE", 2)
     ours.disable()
     ours.reset_stats()
     yield
@@ -400,6 +401,19 @@ def test_low_rank_is_fusionbenchs(name: str, module: Any, options: dict[str, Any
     agree(got, want, 3e-5)
     assert ours.stats().passed_on == {name: {"task vectors of too low a rank": 1}}
     assert ours.stats().served == {name: 6}
+
+
+@pytest.mark.parametrize(("name", "module", "options"), FUNCTIONS)
+def test_small_matrices_are_fusionbenchs(
+    name: str, module: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(functions, "SMALLEST_SIDE", 30)
+    given = task_vectors(3)
+    want = getattr(module, name)(given, **options)
+    with ours.enabled():
+        got = getattr(module, name)(given, **options)
+    assert torch.equal(got["tall"], want["tall"]) and torch.equal(got["wide"], want["wide"])
+    assert ours.stats().passed_on == {name: {"a matrix too small to gain": 2}}
 
 
 def test_sixteen_bits_of_tsv_m() -> None:

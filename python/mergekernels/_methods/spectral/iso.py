@@ -210,9 +210,11 @@ def _common_and_specific(
         rest = delta - common @ (common.T @ delta)
         # Twice: what one pass leaves of a large common part is of the size of the rounding of that part.
         rest = rest - common @ (common.T @ rest)
-        found = subspace(rest, min(split.each, m, n), side="right" if m >= n else "left", accuracy="subspace")
+        # More than are needed: where the spectrum is flat, a few of its head converge much later than an eighth of it.
+        asked = min(max(split.each, min(m, n) // 8), m, n)
+        found = subspace(rest, asked, side="right" if m >= n else "left", accuracy="subspace")
         sigma = found.ritz.sqrt()
-        k = int((sigma > max(tol * float(sigma[0]) if len(sigma) else 0.0, floor)).sum())
+        k = min(split.each, int((sigma > max(tol * float(sigma[0]) if len(sigma) else 0.0, floor)).sum()))
         basis = found.basis[:, :k]
         image = (rest @ basis if m >= n else rest.T @ basis) / sigma[:k].to(rest)
         lefts.append(image if m >= n else basis)

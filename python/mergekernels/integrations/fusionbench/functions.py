@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 __all__ = ["iso_c_tensor", "iso_cts_tensor", "regmean_parameter", "regmean_tensor", "ties_merging", "tsv_m_tensor"]
 
 
+SMALLEST_SIDE = 256
+"""Matrices with a smaller side are the tool's: LAPACK decomposes them about as fast."""
+
+
 def ties_merging(flat_task_checks: Any, reset_thresh: float | None = None, merge_func: str = "") -> torch.Tensor:
     """TIES of the rows of a matrix of flattened task vectors."""
     rows = check_plain(flat_task_checks)
@@ -38,6 +42,7 @@ def tsv_m_tensor(vectors: Sequence[Any], key: str, options: Mapping[str, Any]) -
     q, count = min(tensors[0].shape), len(tensors)
     if q < count:
         return tensors[0].new_zeros(tensors[0].shape)  # not one direction per task
+    _check_size(tensors[0])
     result, report = matrix("tsv_m", _moved(tensors, options), key, conv="mean", experts="")
     sizes = report.get("k", [])
     full = len(sizes) == count and min(sizes) == q // count and report.get("rank", q) >= sum(sizes)
@@ -51,6 +56,7 @@ def iso_c_tensor(vectors: Sequence[Any], key: str, options: Mapping[str, Any]) -
     tensors = check_alike(vectors)
     if _is_plain(tensors, key, options):
         return _mean(tensors, key)
+    _check_size(tensors[0])
     result, report = matrix("iso_c", _moved(tensors, options), key, conv="mean", experts="")
     if 0 < report.get("rank", 0) < min(tensors[0].shape):
         raise NotServed("task vectors of too low a rank")
@@ -62,6 +68,7 @@ def iso_cts_tensor(vectors: Sequence[Any], key: str, options: Mapping[str, Any])
     tensors = check_alike(vectors)
     if _is_plain(tensors, key, options):
         return _mean(tensors, key)
+    _check_size(tensors[0])
     fraction = float(options["common_space_fraction"])
     if not 0.0 <= fraction <= 1.0:
         raise NotServed("a common space larger than the space")
@@ -118,6 +125,11 @@ _REASONS = {
 def _is_plain(tensors: Sequence[torch.Tensor], key: str, options: Mapping[str, Any]) -> bool:
     """Whether FusionBench takes the mean."""
     return tensors[0].dim() != 2 or not tensors[0].numel() or key in (options.get("exclude_keys") or ())
+
+
+def _check_size(tensor: torch.Tensor) -> None:
+    if min(tensor.shape) < SMALLEST_SIDE:
+        raise NotServed("a matrix too small to gain")
 
 
 def _mean(tensors: Sequence[torch.Tensor], key: str) -> torch.Tensor:
