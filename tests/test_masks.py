@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import cli_process
 import engine_cases as cases
@@ -17,6 +17,7 @@ import mergekernels as mk
 import rounds_cases as rounds
 from mergekernels.engine.masks import compress, restore
 from mergekernels.engine.masks.layout import index_bytes
+from mergekernels.engine.recipe import load_recipe, resolve
 from mergekernels.errors import ArgumentError, DataError, InputError, MergeError, PlanError
 from test_engine_rounds import read
 
@@ -154,6 +155,29 @@ def test_lambda_has_no_effect_and_a_warning_says_so(root: Path, tmp_path: Path, 
     assert [len(found) for found in said] == [0, 1]
     for file in ("vector.safetensors", "mask-00000.safetensors"):
         assert (tmp_path / "m" / file).read_bytes() == (tmp_path / "n" / file).read_bytes()
+
+
+@pytest.mark.parametrize("at", [None, 0, 19_999])
+def test_an_integer_tensor_of_an_expert_that_is_lost_is_named(tmp_path: Path, at: int | None) -> None:
+    """Masks hold nothing of it, and the expert gets the base's back. It is longer than a tile."""
+    for name in ("base", "a", "b"):
+        (tmp_path / name).mkdir()
+        positions = torch.arange(20_000)
+        if name == "b" and at is not None:
+            positions[at] += 1
+        weight = torch.full((4,), float(len(name)))
+        save_file({"positions": positions, "weight": weight}, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text("{}")
+    recipe = {
+        "merge_method": "tall_mask",
+        "base_model": str(tmp_path / "base"),
+        "models": [{"model": str(tmp_path / n)} for n in "ab"],
+    }
+    report = compress(resolve(load_recipe(recipe)), tmp_path / "m", tile=4096)
+    said = [w for w in report.warnings if "every expert gets the base's back" in w]
+    assert len(said) == (at is not None) and all("tensor 'positions'" in w for w in said)
+    restore(tmp_path / "m", "b", tmp_path / "e")
+    assert torch.equal(read(tmp_path / "e")["positions"], torch.arange(20_000))
 
 
 @pytest.fixture(scope="module")

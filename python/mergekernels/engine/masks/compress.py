@@ -37,6 +37,7 @@ from ..staging import Staging
 from ..target import check_target
 from ..unit import Unit, sync_failure
 from ..waves import run_waves
+from .buffers import warn_of_unequal
 from .index import contents, experts_of, scales_of
 from .job import CompressJob, Found, MaskWorker
 from .layout import FORMAT, INDEX, VECTOR, index_bytes, mask_name
@@ -201,6 +202,7 @@ class _Compression:
         scheduler: Scheduler[MaskWorker] = Scheduler(workers, budget.window, budget.pool)
         coeffs = run_waves(self.ctx, self.staging, scheduler, lambda d, t, n: self._tell("measure", d, t, n))  # type: ignore[arg-type]
         receipts = self._merge(scheduler, coeffs)
+        warn_of_unequal(self.ctx, workers[0])
         scales = scales_of(self.kind, self.models, [self.found[i] for i in self.members])
         text = index_bytes(contents(plan.merge, self.files, receipts, self.found, scales))
         write_small(self.io, self.staging.temporary(INDEX), self.staging.tree / INDEX, text)
