@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+import mergekernels.integrations.mergekit as fast
+
 WEIGHTS = {1: [0.6], 2: [0.3, 0.7], 3: [0.5, -0.25, 1.0]}
 ULP = 2.0**-23
 
@@ -123,8 +125,21 @@ def in_a_process(queue: Any, tensors: list[torch.Tensor], case: Case) -> None:
     """What a child process of a test does: merge, and say what was served there."""
     import mergekit.merge_methods as mk
 
-    import mergekernels.integrations.mergekit as fast
-
     torch.set_num_threads(1)
     merged = mk.merge_tensors(tensors, case.method, **arguments(case))
     queue.put((merged.tolist(), fast.stats().served))
+
+
+def both(mk: Any, case: Case, tensors: list[torch.Tensor], **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(hooked, unhooked); the inputs stay as they were and the call was served."""
+    before = [t.clone() for t in tensors]
+    fast.reset_stats()
+    torch.manual_seed(1)
+    theirs = mk.merge_tensors(tensors, case.method, **arguments(case, **more))
+    with fast.enabled(seed=1):
+        ours = mk.merge_tensors(tensors, case.method, **arguments(case, **more))
+    assert fast.stats().served == {case.method: 1}, str(fast.stats())
+    for now, then in zip(tensors, before, strict=True):
+        torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
+    assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
+    return ours, theirs
