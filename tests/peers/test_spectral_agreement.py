@@ -1,8 +1,8 @@
 """tsv_m, iso_c and iso_cts beside FusionBench's own functions, run by the Python of its environment.
 
 Make it by `bash benchmarks/make_peer_env.sh DIR fusionbench`, and say MERGEKERNELS_FUSIONBENCH_ENV=DIR. Task vectors
-are of full rank, since theirs gives weight to what LAPACK returns for singular values of zero. Spectra fall by 3 % a value,
-so that every cut has a gap; merged task vectors are compared, never singular vectors.
+are of full rank, since theirs gives weight to what LAPACK returns for singular values of zero. Spectra fall by 3 % a
+value, so that every cut has a gap; merged task vectors are compared, never singular vectors.
 """
 
 from __future__ import annotations
