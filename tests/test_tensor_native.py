@@ -69,6 +69,12 @@ def test_modules_of_all_shapes_in_one_call_and_any_number_of_threads(monkeypatch
     assert calls == [1, 1, 1, *[2, 1] * 3] * 3
 
 
+def test_tasks_without_columns_are_zeros() -> None:
+    stack = random_stack((0, 0), 6, 5)
+    for mode, rows in enumerate((2, 6, 5)):
+        assert torch.equal(mttkrp(stack, factors_of(2, 6, 5, 3), mode), torch.zeros(rows, 3, dtype=torch.float64))
+
+
 def test_a_library_serves_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     b = torch.ones(4, 2)
     assert _tensor.serves_products(b, b, 16) and _tensor.serves_products(b, b, 17) == (_cpu.isas()[0] != "base")
@@ -135,12 +141,17 @@ def test_sweeps_of_every_instruction_set(isa: str) -> None:
 def test_threads_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = batch_of([random_stack((4, 3), 20, 15, seed=s) for s in range(5)])
     given = start_of(batch, 3, 4)
-    results = []
-    for threads in (1, 4):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        results.append(_fused.run(batch, *given, _als.Options(30, 1e-8, 0.0, 1e-6, True)))
-    for x, y in zip(*results, strict=True):
+    one, four = (_fused.run(batch, *given, _als.Options(30, 1e-8, 0.0, 1e-6, True, threads)) for threads in (1, 4))
+    for x, y in zip(one, four, strict=True):
         assert x.history == y.history and torch.equal(x.u, y.u) and torch.equal(x.c, y.c)
+    asked: list[int] = []
+    native = _cpu.als
+    monkeypatch.setattr(_cpu, "als", lambda *rest: asked.append(rest[-2]) or native(*rest))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    stacks = [random_stack((4, 3), 20, 15, seed=s) for s in range(3)]
+    cp_als(stacks[0], 2, max_iter=2)  # one batch: threads share its starts
+    cp_als(stacks, 2, max_iter=2)  # as many batches as threads
+    assert asked == [4, 1, 1, 1]
 
 
 def border_rank() -> Any:

@@ -104,7 +104,7 @@ def _launch(
     ]
     common = (shape, owner.data_ptr(), ends.data_ptr(), options.tol, options.prox, sweeps, options.search)
     if far is None:
-        _cpu.als(table, *common, torch.get_num_threads(), isa())
+        _cpu.als(table, *common, options.threads, isa())
         return
     native = launches.native()
     kept: list[Any] = [owner, ends]
@@ -176,7 +176,8 @@ def _on_gpu(modules: Sequence[Module], mode: int, width: int, results: Sequence[
     thin: dict[str, tuple[list[Any], list[Any]]] = {}
     sums = []
     for (b, at, ranks, factors), out in zip(modules, results, strict=True):
-        if not out.numel():
+        if not sum(ranks) or not out.numel():
+            out.zero_()
             continue
         b, at = b.contiguous(), at.contiguous()
         c, u, v = (None if f is None else f.contiguous() for f in factors)

@@ -21,13 +21,14 @@ RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3)
 
 @dataclass(frozen=True)
 class Options:
-    """See `cp_als`. search : whether steps may be lengthened and starts given up."""
+    """See `cp_als`. search : whether steps may be lengthened and starts given up. threads : of native code."""
 
     max_iter: int
     tol: float
     ridge: float
     prox: float
     search: bool
+    threads: int = 1
 
 
 @dataclass

@@ -106,6 +106,8 @@ def fits(
 
     keys : a 32-bit number per module, on which its random starts depend; None for its position.
     """
+    import torch
+
     check_options(rank, init, n_starts, max_iter, tol, ridge, prox, normalize, seed)
     single = is_module(stack)
     explicit = None if isinstance(init, str) else ([init] if single else list(init))
@@ -120,7 +122,11 @@ def fits(
     scales = []
     for i, core in enumerate(cores):
         scales.append(scales_of(core, weights, normalize, f"stack[{i}]", orders[i] if orders else None))
-    options = Options(max_iter, float(tol), float(ridge), float(prox), explicit is None)
+    chunks = list(_chunks(cores, rank, n_starts))
+    large = any(core.b.device.type != "cpu" or core.b.numel() + core.a.numel() > _LARGE for core in cores)
+    threads = torch.get_num_threads()
+    threads = threads if large else max(1, threads // max(1, len(chunks)))  # of each batch
+    options = Options(max_iter, float(tol), float(ridge), float(prox), explicit is None, threads)
     results: list[CP | None] = [None] * len(cores)
 
     def fit(chunk: list[int]) -> list[tuple[Outcome, int]]:
@@ -129,8 +135,6 @@ def fits(
         given = None if explicit is None else [explicit[i] for i in chunk]
         return _fit(*parts, numbers, rank, n_starts, init, given, options, seed)
 
-    chunks = list(_chunks(cores, rank, n_starts))
-    large = any(core.b.device.type != "cpu" or core.b.numel() + core.a.numel() > _LARGE for core in cores)
     outcomes = [fit(chunk) for chunk in chunks] if large else in_single_threads(chunks, fit)
     for chunk, found in zip(chunks, outcomes, strict=True):
         for i, (outcome, used) in zip(chunk, found, strict=True):
