@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from ...adapters.model import Module, Site
 from ...tensors import dtype_of
 from .._hooks import NotServed
 
-__all__ = ["Slot", "module_of", "plain_tensor", "slot_of"]
+__all__ = ["Slot", "common_device", "module_in", "module_of", "plain_tensor", "slot_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +38,12 @@ class Slot:
 
 def slot_of(layer: Any, adapter: str) -> Slot | None:
     """The factors of an adapter in a LoRA layer; None if the layer does not have it."""
-    if adapter in layer.lora_A:
-        return Slot(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight)
-    if adapter in layer.lora_embedding_A:
-        return Slot(layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter])
+    parts = layer._modules  # looked up once per adapter and layer, which `layer.lora_A[adapter]` makes slow
+    found = parts["lora_A"]._modules.get(adapter)
+    if found is not None:
+        return Slot(found.weight, parts["lora_B"]._modules[adapter].weight)
+    if adapter in parts["lora_embedding_A"]:
+        return Slot(parts["lora_embedding_A"][adapter], parts["lora_embedding_B"][adapter])
     return None
 
 
@@ -58,39 +60,42 @@ def plain_tensor(tensor: Any) -> bool:
 def module_of(layer: Any, adapter: str, name: str) -> Module | None:
     """One adapter's factors in one layer. name : path of the module.
 
-    Convolutions and embeddings too are matrices (out, in) here, as their factors are.
-
     Raises
     ------
     NotServed : factors that are no two plain tensors which multiply.
     """
     slot = slot_of(layer, adapter)
-    if slot is None:
-        return None
-    _refuse_odd(layer, slot, adapter)
-    dtype = dtype_of(str(slot.a.dtype).removeprefix("torch."))
-    assert dtype is not None
+    return None if slot is None else module_in(layer, slot, adapter, name)
+
+
+def module_in(layer: Any, slot: Slot, adapter: str, name: str) -> Module:
+    """The same where the factors are at hand.
+
+    Convolutions and embeddings too are matrices (out, in) here, as their factors are.
+    """
+    a, b = slot.a, slot.b
+    _refuse_odd(layer, a, b, adapter)
+    m, n, rank = b.shape[0], a.shape[1] if a.ndim == 2 else a[0].numel(), a.shape[0]
     scale = float(layer.scaling[adapter])
-    shape = slot.shape
-    return Module(Site(name, "linear", shape), slot.rank, scale * slot.rank, scale, dtype.name, _loader(slot, shape))
+    dtype = dtype_of(str(a.dtype).removeprefix("torch."))
+    assert dtype is not None
+
+    def load() -> tuple[Any, Any]:
+        return b.detach().reshape(m, rank), a.detach().reshape(rank, n)
+
+    return Module(Site(name, "linear", (m, n)), rank, scale * rank, scale, dtype.name, load)
 
 
-def _loader(slot: Slot, shape: tuple[int, int]) -> Callable[[], tuple[Any, Any]]:
-    rank = slot.rank
-    return lambda: (slot.b.detach().reshape(shape[0], rank), slot.a.detach().reshape(rank, shape[1]))
-
-
-def _refuse_odd(layer: Any, slot: Slot, adapter: str) -> None:
+def _refuse_odd(layer: Any, a: Any, b: Any, adapter: str) -> None:
     if adapter in layer.lora_variant:
         raise NotServed("a variant of LoRA")
-    if not (plain_tensor(slot.a) and plain_tensor(slot.b)):
+    if not (plain_tensor(a) and plain_tensor(b)):
         raise NotServed("factors that are no plain tensors of floats")
-    if slot.a.dtype != slot.b.dtype or slot.a.device != slot.b.device:
+    if a.dtype != b.dtype or a.device != b.device:
         raise NotServed("factors of two dtypes or on two devices")
-    if slot.b.ndim != slot.a.ndim or tuple(slot.b.shape[1:]) != (slot.rank, *(1 for _ in slot.a.shape[2:])):
+    if b.ndim != a.ndim or tuple(b.shape[1:]) != (a.shape[0], *(1,) * (a.ndim - 2)):
         raise NotServed("factors that do not multiply")
-    base = getattr(layer, "base_layer", None)
-    if getattr(base, "groups", 1) != 1:
+    if a.ndim > 2 and getattr(layer._modules.get("base_layer"), "groups", 1) != 1:
         raise NotServed("a convolution in groups")
 
 

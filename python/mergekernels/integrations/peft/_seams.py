@@ -64,6 +64,7 @@ def install(state: Integration[Options]) -> None:
     state.hooks.replace(lora, "add_weighted_adapter", combining.whole)
     state.hooks.replace(lora, _SVD, combining.svd)
     state.hooks.replace(lora, _FACTORS, combining.factors)
+    state.hooks.replace(importlib.import_module("torch.nn").Linear, "reset_parameters", combining.beginning)
     state.hooks.replace(conversion, "_convert_module_to_lora", Converting(state).make)
     for name in FUNCTIONS:
         for place in (utils, model):

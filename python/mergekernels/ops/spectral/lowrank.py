@@ -15,7 +15,7 @@ from ._inputs import Input, as_map
 from ._maps import Map
 from ._pairs import Pairs, leading
 from .batching import in_threads
-from .small import fix_signs
+from .small import fix_signs, signs_of
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +101,10 @@ def _together(items: Sequence[Input], ranks: Sequence[int | None], spread: str) 
     """Those that are products of equal shape, by position."""
     done: dict[int, LowRank] = {}
     for cores in cores_of(items, ranks):
-        us, vh = fix_signs(cores.us, cores.vh)
+        us, vh = cores.us, cores.vh
+        signs = signs_of(us)
+        us.mul_(signs)
+        vh.mul_(signs.mT)
         s = cores.squares[:, : us.shape[2]].sqrt().to(us)
         if spread != "b":
             move = (s.sqrt() if spread == "sqrt" else s).clamp_min(1e-38)

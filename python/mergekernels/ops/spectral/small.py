@@ -228,10 +228,15 @@ def _ranks(values: Sequence[torch.Tensor], cuts: Sequence[float]) -> list[int]:
 
 def fix_signs(u: torch.Tensor, vh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Turns each pair so that the entry of largest magnitude in u's column (the first on a tie) is positive."""
-    import torch
-
     if u.numel() == 0:
         return u, vh
-    largest = u.gather(-2, u.abs().argmax(-2, keepdim=True))
-    sign = torch.where(largest < 0, -1.0, 1.0).to(u.dtype)
+    sign = signs_of(u)
     return u * sign, vh * sign.mT
+
+
+def signs_of(u: torch.Tensor) -> torch.Tensor:
+    """1 or -1 for each column, (..., 1, k), that makes its entry of largest magnitude positive. u : not empty."""
+    import torch
+
+    largest = u.gather(-2, u.abs().argmax(-2, keepdim=True))
+    return torch.where(largest < 0, -1.0, 1.0).to(u.dtype)
