@@ -38,6 +38,7 @@ def test_every_tool_is_there() -> None:
         "peft": "0.21.2",
         "fusionbench": "0.2.33",
         "formula": "1",
+        "tensorly": "0.10.0",
     }
     assert len({c.method for c in KIT.cases if c.tool == "mergekit"}) == 20
 
@@ -61,7 +62,11 @@ def test_methods_over_matrices_are_there() -> None:
         "core_space",
         "knots",
         "lore",
+        "compress_then_merge",
+        "tucker_merge",
+        "lora_lego",
     }
+    assert {m for t, m in found if t == "tensorly"} == {"tc_lora", "compress_then_merge"}
     assert all(c.bound <= 1e-5 for c in KIT.cases if c.norm == "frobenius")
 
 

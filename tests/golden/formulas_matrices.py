@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from formulas_stacks import STACK_RULES
 from make_kit import Case, case
 from matrix_inputs import SITES, adapters, scale_of
 
@@ -39,6 +40,19 @@ CASES = [
     _case("knots-rows", "knots", params={"density": 0.3, "stack": "rows"}),
     _case("lore", "lore", params={"mu": 0.02, "tau_scale": 1.8}),
     _case("lore-squared", "lore", params={"mu": 0.1, "tau_scale": 1.8, "prox": "squared"}),
+    _case(
+        "compress_then_merge",
+        "compress_then_merge",
+        params={"frame_rank": 4, "norm_share": 0.5, "max_iter": 300, "tol": 0.0, "weight": [0.5, 1.0, -2.0]},
+    ),
+    _case("tucker_merge", "tucker_merge", params={"energy_share": 0.8, "max_iter": 300, "tol": 0.0}),
+    _case("lora_lego", "lora_lego", _EQUAL, params={"k": 4, "n_starts": 50}),
+    _case(
+        "lora_lego-raw",
+        "lora_lego",
+        _EQUAL,
+        params={"k": 5, "n_starts": 50, "features": "raw", "sign": "none", "reweight": False, "output": "none"},
+    ),
 ]
 
 
@@ -216,4 +230,5 @@ RULES: dict[str, Callable[..., dict[str, Array]]] = {
     "core_space": core_space,
     "knots": knots,
     "lore": lore,
+    **STACK_RULES,
 }

@@ -1,6 +1,6 @@
 """Makes the conformance kit: what the original implementations give on a small fixed family of inputs.
 
-usage: python make_kit.py TOOL [FOLDER]      TOOL: inputs, mergekit, peft, fusionbench or formula
+usage: python make_kit.py TOOL [FOLDER]      TOOL: inputs, mergekit, peft, fusionbench, tensorly or formula
 
 Each tool is run by the Python of an environment that has it (`make_kit.sh` makes them all); the script imports nothing
 of this package. It replaces the tool's outputs and its entries in kit.json. All arithmetic of the tools is float32.
@@ -272,6 +272,11 @@ def main(tool: str, folder: Path) -> None:
         from formulas_matrices import formula_matrices
 
         write(folder, tool, "1", chain(formula(folder), formula_matrices(folder)))
+        return
+    if tool == "tensorly":
+        from tensorly_adapters import tensorly_adapters
+
+        write(folder, tool, version(tool), tensorly_adapters(folder))
         return
     if tool == "peft":
         from peft_matrices import peft_matrices

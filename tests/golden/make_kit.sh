@@ -13,7 +13,7 @@ if [ ! -x "$folder/fusionbench/bin/python" ]; then
     # Not needed here, and a version that does not fit torch stops transformers.
     "$folder/fusionbench/bin/python" -m pip uninstall --quiet --yes torchvision
 fi
-for tool in inputs mergekit peft formula; do
+for tool in inputs mergekit peft tensorly formula; do
     "$folder/mergekit/bin/python" "$here/make_kit.py" "$tool"
 done
 "$folder/fusionbench/bin/python" "$here/make_kit.py" fusionbench

@@ -29,8 +29,11 @@ _BYTES = 64 << 20
 _TOGETHER = 4 << 20
 """Bytes of one (modules, starts, points, clusters) array."""
 
-_POLISHED = 2
-"""Best starts that go on with moves of single points."""
+_POLISHED = (2, 16)
+"""Least and largest number of the best starts that go on with moves of single points."""
+
+_POLISHED_CELLS = 4096
+"""Points times clusters of all of them, in between."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,9 @@ class Clusters:
 def cluster(points: Any, k: int, *, n_starts: int = 10, max_iter: int = 100, seed: int = 0, sign: str = "none") -> Any:
     """k-means in float64, on the Gram of the points or, where that would be larger, on them.
 
-    Greedy k-means++ starts, Lloyd's steps; of at most 8192 points the two best starts then move single points between
-    clusters while the inertia falls. Modules of one size and all starts run side by side.
+    Greedy k-means++ starts, Lloyd's steps; of at most 8192 points the two best starts (of few points, more of them)
+    then move single points between clusters while the inertia falls. Modules of one size and all starts run side by
+    side.
 
     points : (R, d), or a list of such matrices, one per module. k : clusters, 1 to R. n_starts : the start of least
     inertia wins, the first of equal ones. max_iter : steps, 1 or more. seed : of the starts. sign : "none"; "adaptive"
@@ -201,7 +205,12 @@ def _best(space: Gram | Vectors, k: int, n_starts: int, max_iter: int, seed: int
         centres = seeds(space, k, words_of(k, numbers, seed), adaptive)
         parts.append(lloyd(space, centres, max_iter, adaptive))
     state = State.beside(parts)
-    kept = state.inertia.argsort(dim=1, stable=True)[:, :_POLISHED].sort(dim=1).values
+    low, high = _POLISHED
+    count = max(low, min(high, _POLISHED_CELLS // max(1, k * space.own.shape[1])))
+    ends = state.inertia.sort(dim=1, stable=True)
+    again = ends.values.diff(dim=1, prepend=ends.values.new_full((len(ends.values), 1), -1.0)) <= 1e-12 * ends.values
+    different = again.to(torch.int8).argsort(dim=1, stable=True)  # a partition that is there already has no new moves
+    kept = ends.indices.gather(1, different)[:, :count].sort(dim=1).values
     state = state.of(kept)
     labels, signs, inertia = state.labels, state.signs, state.inertia
     if space.own.shape[1] <= _MOVED_ROWS:
