@@ -56,8 +56,8 @@ def calls(name: str, models: list[torch.Tensor], options: dict[str, Any]) -> tor
 def norms(ours: Any, theirs: Any) -> str:
     """Of what differs, relative to what is there."""
     if isinstance(ours, dict):
-        return "relative difference " + f"{max(_relative(ours[k], theirs[k]) for k in theirs):.1e}"
-    return f"relative difference {_relative(ours, theirs):.1e}"
+        return f"{max(_relative(ours[k], theirs[k]) for k in theirs):.1e}"
+    return f"{_relative(ours, theirs):.1e}"
 
 
 def masks(ours: Any, theirs: Any) -> str:
@@ -65,7 +65,7 @@ def masks(ours: Any, theirs: Any) -> str:
     pairs = [(ours[k], theirs[k]) for k in theirs] if isinstance(ours, dict) else [(ours, theirs)]
     ratio = max(abs(float(a.norm() / b.norm()) - 1.0) for a, b in pairs)
     assert ratio < 0.05, ratio
-    return f"other random masks; norms differ by {ratio:.1e}"
+    return f"other masks; norms: {ratio:.1e}"
 
 
 def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -78,13 +78,14 @@ def main(folder: Path, repeat: int, small: bool) -> None:
     """Whole merges, then single calls."""
     logging.disable(logging.WARNING)
     paths = files(folder / ("sd-mecha-small" if small else "sd-mecha"), small)
-    della = {"probability": 0.9, "della_eps": 0.1, "seed": 1}
+    # Another seed than those of the data: sd-mecha's masks come from the same generator of torch and would follow them.
+    della = {"probability": 0.9, "della_eps": 0.1, "seed": 50}
     cases: list[tuple[str, str, dict[str, Any], Any]] = [
         ("DELLA", "ties_sum_with_dropout", della, masks),
-        ("DARE with TIES", "ties_sum_with_dropout", {"probability": 0.9, "seed": 1}, masks),
+        ("DARE with TIES", "ties_sum_with_dropout", {"probability": 0.9, "seed": 50}, masks),
         ("TIES", "ties_sum", {"k": 0.2}, norms),
         ("TIES with stock factor", "ties_sum_extended", {"k": 0.2}, norms),
-        ("dropout", "dropout", {"probability": 0.9, "seed": 1}, masks),
+        ("dropout", "dropout", {"probability": 0.9, "seed": 50}, masks),
         ("rank 8 in a random basis", "truncate_rank", {"rank": 8, "approximate_basis_seed": 1}, norms),
     ]
 
@@ -96,6 +97,8 @@ def main(folder: Path, repeat: int, small: bool) -> None:
             assert counts.served and not counts.passed_on, counts
             return found
 
+    with hook.enabled():
+        pass  # what it imports is loaded
     side = 128 if small else 1280
     for label, name, options, difference in cases:
         turns(
