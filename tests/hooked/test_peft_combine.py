@@ -223,7 +223,7 @@ def test_what_is_passed_on_is_peft_bit_for_bit() -> None:
 def test_errors_name_the_layer_and_leave_no_adapter_behind() -> None:
     model = made("equal")
     model.base_model.model.k_proj.lora_B["a1"].weight.data[3, 1] = float("nan")
-    for kind in ("svd", "ties", "ties_svd"):
+    for kind in ("svd", "linear", "ties", "ties_svd"):
         with fast.enabled(), pytest.raises(DataError, match="k_proj"):
             model.add_weighted_adapter(NAMES, WEIGHTS[0], "ours", combination_type=kind, density=0.5)
         assert "ours" not in model.peft_config and "ours" not in model.base_model.model.q_proj.lora_A

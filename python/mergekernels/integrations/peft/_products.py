@@ -51,6 +51,8 @@ def combined(requests: Sequence[Request], seed: int) -> list[tuple[torch.Tensor,
             done = _sums(requests)
         except DataError:  # the other way knows whose value it is
             done = {}
+    if requests and requests[0].kind == "linear":
+        done = _linear(requests)
     rest = [i for i in range(len(requests)) if i not in done]
     keys = [(str(r.device), r.kind, r.density, r.vote, r.adapters, r.weights, r.rank) for r in requests]
     for positions in groups([keys[i] for i in rest]):
@@ -76,6 +78,29 @@ def _sums(requests: Sequence[Request]) -> dict[int, Factors]:
         sizes.append(min(request.rank or 0, m, n))
     cuts = lowrank(list(whole.values()), sizes)
     return {i: cut.factors for i, cut in zip(whole, cuts, strict=True)}
+
+
+def _linear(requests: Sequence[Request]) -> dict[int, Factors]:
+    """Type linear without what the other types need around it; a layer that holds NaN or Inf is left out."""
+    import torch
+
+    from ..._methods.matrix import MatrixSpec
+    from ..._methods.matrix_table import get_matrix
+    from ...adapters.model import Factors
+
+    method = get_matrix("linear", "adapters")
+    found: dict[int, Factors] = {}
+    for i, request in enumerate(requests):
+        terms = [(w, m) for w, m in zip(request.weights, request.modules, strict=True) if m is not None]
+        wide = torch.float64 if any(m.dtype == "F64" for _, m in terms) else torch.float32
+        deltas = [Factors(*(t.to(wide) for t in m.load())) for _, m in terms]
+        params = {"weight": tuple(w for w, _ in terms)}
+        scales = tuple(m.scale for _, m in terms)
+        spec = MatrixSpec(request.name, terms[0][1].site.shape, len(terms), params, "default", 0, 0, scales=scales)
+        delta = method.merge(spec, deltas).delta
+        if isinstance(delta, Factors) and bool(torch.isfinite(delta.a.sum() + delta.b.sum())):
+            found[i] = delta
+    return found
 
 
 def _merged(requests: Sequence[Request], seed: int) -> list[Factors]:
