@@ -44,8 +44,6 @@ def least_squares(
     if str(b.dtype) != "torch.float64" or min(shape) < 1:
         return None
     if b.device.type == "cpu":
-        if not hasattr(_cpu, "als"):
-            return None
         if b[0].numel() + a[0].numel() > LARGE and problems < torch.get_num_threads():
             return None
         if isa() == "base" and width > 32:
@@ -121,7 +119,7 @@ def serves_products(b: torch.Tensor, at: torch.Tensor, width: int) -> bool:
         return False
     if b.device.type != "cpu":
         return cuda_small.why_not(b.device) is None
-    return hasattr(_cpu, "mttkrp") and (width <= 16 or isa() != "base")
+    return width <= 16 or isa() != "base"
 
 
 def fills(modules: Sequence[Module], width: int) -> bool:
