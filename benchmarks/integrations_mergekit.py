@@ -125,7 +125,9 @@ class Bench:
         """That the hooked output is ours, and how the tool's own differs."""
         own = self.out / "ours"
         shutil.rmtree(own, ignore_errors=True)
-        subprocess.run([self.command, "run", str(path), str(own), "--seed", SEED, "--quiet"], check=True)
+        # Without random masks the seed only decides between equal magnitudes, where the hooked tool always uses 0.
+        seed = SEED if method.startswith(("dare", "della")) else "0"
+        subprocess.run([self.command, "run", str(path), str(own), "--seed", seed, "--quiet"], check=True)
         same = compare(self.command, own, self.out / "hooked")
         if same["elements_differing"] or same["missing"] or same["extra"]:
             sys.exit(f"{method}: the hooked output is not that of mergekernels run: {json.dumps(same)}")

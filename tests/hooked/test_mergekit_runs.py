@@ -111,16 +111,20 @@ def mergekit_yaml(path: Path, out: Path) -> dict[str, torch.Tensor]:
     return loaded(out)
 
 
+@pytest.mark.parametrize("dtypes", ["dtype: float32\nout_dtype: bfloat16", "dtype: bfloat16"], ids=["wide", "narrow"])
 @pytest.mark.parametrize("method", list(RECIPES))
-def test_the_same_bits_as_our_own_run(folder: Path, method: str) -> None:
-    """float32 arithmetic with one rounding is what `mergekernels run` does, so the hooked tool has to give its bits."""
-    path = recipe(folder, method)
+def test_the_same_bits_as_our_own_run(folder: Path, method: str, dtypes: str) -> None:
+    """float32 arithmetic with one rounding is what `mergekernels run` does, so the hooked tool has to give its bits.
+
+    Read as bfloat16, magnitudes are often equal; where only some can be kept both choose by the words of seed 0.
+    """
+    path = recipe(folder, method, dtypes)
     with fast.enabled():
         hooked = mergekit_yaml(path, folder / "hooked")
     assert fast.stats().served == {method: len(shapes())}
     assert not fast.stats().passed_on
     shutil.rmtree(folder / "ours", ignore_errors=True)
-    mergekernels.run(path, folder / "ours", seed=7)
+    mergekernels.run(path, folder / "ours", seed=7 if method.startswith(("dare", "della")) else 0)
     ours = loaded(folder / "ours")
     assert set(hooked) == set(ours) == set(shapes())
     for name, tensor in ours.items():
