@@ -251,3 +251,28 @@ def test_ties_svd(versus: Any) -> None:
         return abs(rests[0] / rests[1] - 1.0)
 
     versus("ties_svd", f"8 of rank 16 on {side} x {side}", ours, {"PEFT's formula": theirs}, excess, 1e-4)
+
+
+def test_knots(versus: Any) -> None:
+    """Beside its own steps: the SVD of all deltas side by side in float64, then TIES in that basis."""
+    side = 256 if versus.quick else 2048
+    parts = [adapter(side, side, i) for i in range(COUNT)]
+    given = in_memory(parts)
+
+    def ours() -> torch.Tensor:
+        merged = mk.merge_adapters(given, "knots", inner="ties", density=1.0)
+        return merged.modules["layer"][1].dense()
+
+    def theirs() -> torch.Tensor:
+        deltas = torch.cat([part.b @ part.a for part in parts], 1).double()
+        u, s, vh = torch.linalg.svd(deltas, full_matrices=False)
+        rank = int((s > 1e-5).sum())
+        z = torch.stack((s[:rank, None] * vh[:rank]).split(side, 1))
+        agree = (z.sign() == z.sum(0).sign()) & (z != 0)
+        return (u[:, :rank] @ ((z * agree).sum(0) / agree.sum(0).clamp_min(1))).float()
+
+    def error(mine: torch.Tensor, other: torch.Tensor) -> float:
+        return float((mine - other).norm() / other.norm())
+
+    # A vote whose sum is within rounding of zero may go either way.
+    versus("knots", f"8 of rank 16 on {side} x {side}", ours, {"its SVD (torch)": theirs}, error, 1e-3)

@@ -1,18 +1,19 @@
 """Ops over matrices beside what they replace, both in turn in one run, results compared before anything is timed.
 
 `pytest bench_spectral.py [--quick] [--results FILE]` in this folder; the rows go into the section "spectral" of a file.
+MERGEKERNELS_FUSIONBENCH_ENV=DIR, made by `make_peer_env.sh DIR fusionbench`, adds FusionBench itself as a peer.
 Every thread of the machine is used, by both sides. Data are float32 matrices with independent normal entries (square:
 condition 1e3 to 1e4; aspect 4: condition 3) unless a case says otherwise.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fusion_peer import Peer, available
 
 import mergekernels as mk
 from mergekernels import ops
@@ -153,60 +154,92 @@ def published_tsv_m(tasks: list[torch.Tensor]) -> torch.Tensor:
     return (svd_polar(left) * values) @ svd_polar(right)
 
 
-def fusion_bench_tsv_m() -> Any:
-    """FusionBench's function on one matrix per task, where it is installed, else the same steps in torch."""
+def published_iso_c(tasks: list[torch.Tensor]) -> torch.Tensor:
+    """As published: a thin decomposition of the sum."""
+    u, s, vh = torch.linalg.svd(sum(tasks[1:], tasks[0]), full_matrices=False)
+    return u @ torch.diag(torch.ones_like(s) * s.mean()) @ vh
+
+
+def beside_fusion_bench(versus: Any, tmp_path: Path, method: str, tasks: list[torch.Tensor], theirs: Any) -> None:
+    """A method beside its published steps in torch, and beside FusionBench itself where its environment is named."""
+    m, n = tasks[0].shape
+    base = torch.zeros(m, n)
+    peers = {"its SVDs (torch)": lambda: theirs(tasks)} if theirs else {}
+    process = Peer(tasks, tmp_path) if available() else None
+    if process:
+        peers["FusionBench"] = lambda: process.run(method)
+
+    def error(mine: torch.Tensor, other: Any) -> float:
+        return distance(mine, other.result() if isinstance(other, Peer) else other)
+
+    if not peers:
+        pytest.skip("MERGEKERNELS_FUSIONBENCH_ENV names no environment with FusionBench, the only peer")
     try:
-        from fusion_bench.method.task_singular_vector.utils import TSVM_utils
-    except ImportError:
-        return "T + 2 thin SVDs (torch)", published_tsv_m
-
-    def run(tasks: list[torch.Tensor]) -> torch.Tensor:
-        vectors = [{"w": x} for x in tasks]
-        with contextlib.redirect_stdout(io.StringIO()):
-            found: torch.Tensor = TSVM_utils.compute_and_sum_svd_mem_reduction(vectors, accelerator="cpu")["w"]
-        return found
-
-    return "fusion_bench", run
+        versus(method, f"8 of {m} x {n}", lambda: mk.merge(tasks, method, base=base), peers, error, 1e-4)
+    finally:
+        if process:
+            process.close()
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_tsv_m(versus: Any, side: int, times: int) -> None:
+def test_tsv_m(versus: Any, tmp_path: Path, side: int, times: int) -> None:
     n = times * side
-    tasks = [normal(n, n, seed) for seed in range(8)]
+    beside_fusion_bench(versus, tmp_path, "tsv_m", [normal(n, n, seed) for seed in range(8)], published_tsv_m)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 1), (1, 4)])
+def test_iso_c(versus: Any, tmp_path: Path, side: int, shape: tuple[int, int]) -> None:
+    m, n = shape[0] * side, shape[1] * side
+    beside_fusion_bench(versus, tmp_path, "iso_c", [normal(m, n, seed) for seed in range(8)], published_iso_c)
+
+
+def test_iso_cts(versus: Any, tmp_path: Path, side: int) -> None:
+    """The sum of the tasks has a gap where the common space ends: between equal values it would be arbitrary."""
+    n = side
+    u, v = (torch.linalg.qr(normal(n, n, seed))[0] for seed in (90, 91))
+    fall = torch.where(torch.arange(n) < n - 8 * round((n - int(0.8 * n)) / 8), 4.0, 1.0)
+    tasks = [(u * fall * torch.linspace(1.5, 1.0, n)) @ v.mT + 0.3 * n**-0.5 * normal(n, n, seed) for seed in range(8)]
+    beside_fusion_bench(versus, tmp_path, "iso_cts", tasks, None)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_lore(versus: Any, side: int, times: int) -> None:
+    """Twenty sweeps over four task vectors with singular values 1 / i, of which about 40 are above the threshold."""
+    n, mu, sweeps = times * side, 0.02, 20
+    falling = torch.arange(1, n + 1) ** -1.0
+
+    def task(seed: int) -> torch.Tensor:
+        u, v = (torch.linalg.qr(normal(n, n, 2 * seed + i))[0] for i in range(2))
+        return (u * falling) @ v.mT
+
+    tasks = [task(seed) for seed in range(4)]
     base = torch.zeros(n, n)
-    name, peer = fusion_bench_tsv_m()
+    if times > 1:
+        versus.rounds = 1
+
+    def by_svd() -> torch.Tensor:
+        deviations = [torch.zeros_like(x) for x in tasks]
+        for _ in range(sweeps):
+            centre = sum(x - d for x, d in zip(tasks, deviations, strict=True)) / len(tasks)
+            for t, x in enumerate(tasks):
+                u, s, vh = torch.linalg.svd(x - centre, full_matrices=False)
+                deviations[t] = (u * (s - mu).clamp_min(0)) @ vh
+        centre = sum(x - d for x, d in zip(tasks, deviations, strict=True)) / len(tasks)
+        return centre + 0.5 * sum(deviations) / len(tasks)
+
     versus(
-        "tsv_m",
-        f"8 of {n} x {n}",
-        lambda: mk.merge(tasks, "tsv_m", base=base),
-        {name: lambda: peer(tasks)},
+        "lore",
+        f"4 of {n} x {n}, {sweeps} sweeps",
+        lambda: mk.merge(tasks, "lore", base=base, mu=mu, iterations=sweeps, tau_scale=0.5),
+        {"the same with SVDs (torch)": by_svd},
         distance,
-        1e-4,
+        1e-5,
     )
 
 
-@pytest.mark.parametrize("aspect", [1, 4])
-def test_iso_c(versus: Any, side: int, aspect: int) -> None:
-    tasks = [normal(aspect * side, side, seed) for seed in range(8)]
-    base = torch.zeros(aspect * side, side)
-
-    def published() -> torch.Tensor:
-        u, s, vh = torch.linalg.svd(sum(tasks[1:], tasks[0]), full_matrices=False)
-        return u @ torch.diag(torch.ones_like(s) * s.mean()) @ vh
-
-    versus(
-        "iso_c",
-        f"8 of {aspect * side} x {side}",
-        lambda: mk.merge(tasks, "iso_c", base=base),
-        {"svd of the sum (torch)": published},
-        distance,
-        1e-4,
-    )
-
-
-@pytest.mark.parametrize("method", ["tsv_m", "iso_c"])
-def test_methods_on_factors(versus: Any, side: int, method: str) -> None:
-    n = 2 * side
+@pytest.mark.parametrize(("method", "times"), [("tsv_m", 2), ("iso_c", 2), ("iso_c", 4)])
+def test_methods_on_factors(versus: Any, side: int, method: str, times: int) -> None:
+    n = times * side
     tasks = [Factors(normal(n, 16, seed), normal(16, n, 100 + seed)) for seed in range(8)]
     found = get_matrix(method, "adapters")
     spec = MatrixSpec("w", (n, n), 8, bind_matrix(found, {}, 8, "default"))
