@@ -59,6 +59,13 @@ def in_terms(core: Core, scale: torch.Tensor, o: Outcome, asked: int, used: int,
     warnings = list(o.notes)
     if asked > used:
         warnings.append(f"rank {asked} is more than the {used} that the stack holds: {used} are used, an exact model")
+    tasks, p, q = len(core.ranks), int(core.b.shape[0]), int(core.a.shape[0])
+    known = (min(p, used) + min(q, used) + min(tasks, used) - 2) // 2
+    if tasks > 1 and used > 1 and known < used:
+        warnings.append(
+            f"rank {used} is more than the {known} that {tasks} tasks in cores of {p} x {q} identify for certain "
+            "(Kruskal's bound): the terms need not be unique; what they add up to and the fit count"
+        )
     if not o.converged:
         warnings.append(
             f"no convergence in {options.max_iter} sweeps: err / ||X|| is {o.history[-1]:.6g} and changed by {last:.2g}"

@@ -64,7 +64,8 @@ def cp_als(
         (weights, [C, U, V]), for several modules a list of these: then there is one start and no line search.
     n_starts : 1 or more. max_iter : sweeps, 1 or more. tol : stop where err / ||X|| changes by less, from sweep 2.
     ridge : relative ridge, shifts the solution. prox : relative proximal weight, does not. seed : of random starts.
-    strict : what would be a warning (no convergence, degenerate terms, rank above what is there) is an error.
+    strict : what would be a warning (no convergence, degenerate terms, rank above what is there or what the sizes
+        identify) is an error.
 
     Returns CP, or a list of them. Errors: ArgumentError; DataError for NaN or Inf, or with `strict`.
     Source: Carroll and Chang 1970, Harshman 1970; compression after Carroll, Pruzansky, Kruskal 1980 (CANDELINC).
