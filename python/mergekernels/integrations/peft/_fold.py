@@ -54,30 +54,42 @@ class Folding:
         if any(b.device != weight.device for m in modules for b in m.load()):
             raise NotServed("factors on another device than the weight")
         check(layer, adapter_names)  # warns of adapters that are merged already
-        matrix = weight.data.reshape(expected)
         with torch.no_grad():
-            merged = _sum(matrix.T if flipped else matrix, modules)
-            merged = (merged.T.contiguous() if flipped else merged).reshape(weight.shape)
-            if safe_merge and not bool(torch.isfinite(merged).all()):
-                raise NotServed("a result that is not finite, of which PEFT says whose it is")
+            left, right, wide = _product(modules)
+            if flipped:
+                left, right = right.T, left.T
+            target = weight.data if not safe_merge else torch.empty_like(weight.data)
+            try:
+                out = target.view(expected)
+            except RuntimeError:  # strides of a convolution's weight that is not contiguous
+                raise NotServed("a weight whose rows are not in one piece") from None
+            _add(weight.data.view(expected), left, right, out, wide)
             if safe_merge:
-                weight.data = merged
-            else:
-                weight.data.copy_(merged)
+                if not bool(torch.isfinite(target).all()):
+                    raise NotServed("a result that is not finite, of which PEFT says whose it is")
+                weight.data = target
         layer.merged_adapters.extend(names)
 
 
-def _sum(matrix: torch.Tensor, modules: list[Any]) -> torch.Tensor:
-    """The matrix plus all products, each value rounded once to the matrix's dtype."""
+def _product(modules: list[Any]) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
+    """(B, A) of the sum of all products, and the dtype that they have."""
     import torch
 
     factors = [m.factors() for m in modules]
-    wide = torch.float64 if torch.float64 in {matrix.dtype, *(f.b.dtype for f in factors)} else torch.float32
-    b = torch.cat([f.b.to(wide) for f in factors], 1)
-    a = torch.cat([f.a.to(wide) for f in factors], 0)
-    out = torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device)
-    step = max(1, _ROWS // max(1, matrix.shape[1]))
-    for start in range(0, matrix.shape[0], step):
+    wide = torch.float64 if any(f.b.dtype == torch.float64 for f in factors) else torch.float32
+    return torch.cat([f.b.to(wide) for f in factors], 1), torch.cat([f.a.to(wide) for f in factors], 0), wide
+
+
+def _add(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, wide: torch.dtype) -> None:
+    """Writes weight + left @ right into `out` (which may be the weight), each value rounded once to its dtype."""
+    import torch
+
+    wide = torch.promote_types(wide, weight.dtype)
+    left, right = left.to(wide), right.to(wide)
+    if weight.dtype == wide:
+        torch.addmm(weight, left, right, out=out)
+        return
+    step = max(1, _ROWS // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
         part = slice(start, start + step)
-        out[part] = torch.addmm(matrix[part].to(wide), b[part], a)
-    return out
+        out[part] = torch.addmm(weight[part].to(wide), left[part], right)
