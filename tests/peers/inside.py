@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import mergekernels
+from mergekernels import _cpu
 
 __all__ = ["make_importable", "run_inside"]
 
@@ -15,7 +16,7 @@ def make_importable(folder: Path) -> Path:
     """A folder for PYTHONPATH that holds this package and nothing else of this environment."""
     package = folder / "mergekernels"
     package.mkdir(parents=True, exist_ok=True)
-    native = Path(mergekernels._cpu.__file__)  # type: ignore[attr-defined]
+    native = Path(str(_cpu.__file__))
     for entry in [*(e for p in mergekernels.__path__ for e in sorted(Path(p).iterdir())), native]:
         link = package / entry.name
         if entry.name != "__pycache__" and not link.exists():
