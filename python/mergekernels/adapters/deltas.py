@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, overload
 
@@ -94,7 +95,7 @@ def _refuse_nonfinite(tensor: torch.Tensor, which: str, module: str, label: str)
     import torch
 
     # A sum is one pass without a temporary; only where it is not finite every element is looked at.
-    if bool(torch.isfinite(tensor.sum())):
+    if math.isfinite(float(tensor.sum())):
         return
     bad = ~torch.isfinite(tensor)
     count = int(bad.sum())

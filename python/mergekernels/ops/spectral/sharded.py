@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Union
@@ -101,10 +102,10 @@ def check_matrix(x: Any, what: str, finite: bool = True) -> Matrix:
             f"{what} is not a matrix", code="matrix.dimension", tensor=what, expected="2-D", got=str(tuple(plain.shape))
         )
     if finite and plain.numel():
-        low, high = torch.aminmax(plain)
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        low, high = torch.stack(torch.aminmax(plain)).tolist()
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise DataError(f"{what} holds NaN or Inf", code="data.nonfinite", tensor=what, hint="Repair the input.")
-        size = max(float(high), -float(low)) if plain.dtype == torch.float64 else 1.0
+        size = max(high, -low) if plain.dtype == torch.float64 else 1.0
         if size > 0 and not 1e-140 < size < 1e140:
             raise DataError(
                 f"{what} is so small or large that its squares leave the range of float64",
