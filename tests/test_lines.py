@@ -90,13 +90,79 @@ def test_multi_task_form_of_ties_over_the_model(dicts: Any) -> None:
     alpha = summed / sum(np.abs(d).sum() for d in delta.values()) / 3
     got = run(models, "ties", base, then=[("lines", {"beta": 0.4})], **plain)
     compare(got, base, delta, alpha, 0.4)
-    # Trimming by tensor measures tensors, and the ratio the model.
-    with pytest.raises(mk.MergeError, match="measures each tensor by itself") as caught:
-        run(models, "ties", base, weights=1.0, density=0.3, then=[("lines", {"beta": 0.4})])
-    assert "scope to model" in str(caught.value)
-    single = run(models, "ties", base, weights=1.0, density=0.3, then=[("lines", {"alpha": alpha, "beta": 0.4})])
-    by_tensor = run(models, "ties", base, weights=1.0, density=0.3)
-    compare(single, base, {name: x - base[name].numpy() for name, x in by_tensor.items()}, alpha, 0.4)
+
+
+def brute_ties(d: np.ndarray, density: float) -> np.ndarray:
+    """TIES with weights of 1 over models in rows."""
+    count = int(density * d.shape[1])
+    kept = np.stack([np.where(np.abs(x) >= np.sort(np.abs(x))[-count], x, 0.0) for x in d])
+    agree = kept * np.where(kept.sum(0) >= 0, 1.0, -1.0) > 0
+    return np.where(agree, kept, 0.0).sum(0) / np.maximum(agree.sum(0), 1)
+
+
+def brute_breadcrumbs(d: np.ndarray, density: float, gamma: float) -> np.ndarray:
+    """Without the largest and the smallest of each model, added up."""
+    n = d.shape[1]
+    top, low = int(gamma * n), n - int(gamma * n) - int(density * n)
+    ranks = np.abs(d).argsort(1).argsort(1)
+    return np.where((ranks >= low) & (ranks < n - top), d, 0.0).sum(0)
+
+
+def brute_model_stock(d: np.ndarray) -> np.ndarray:
+    """The mean of the models, scaled by the mean cosine of their pairs."""
+    unit = d / np.linalg.norm(d, axis=1, keepdims=True)
+    models = len(d)
+    c = ((unit @ unit.T).sum() - models) / (models * (models - 1))
+    return models * c / (1 + (models - 1) * c) * d.mean(0)
+
+
+BY_TENSOR: list[tuple[str, dict[str, Any], Any]] = [
+    ("ties", {"weights": 1.0, "density": 0.3}, lambda d: brute_ties(d, 0.3)),
+    ("breadcrumbs", {"weights": 1.0, "density": 0.5, "gamma": 0.1}, lambda d: brute_breadcrumbs(d, 0.5, 0.1)),
+    ("model_stock", {}, brute_model_stock),
+    ("task_arithmetic", {"weights": 0.5}, lambda d: 0.5 * d.sum(0)),
+    ("della", {"weights": 1.0, "density": 0.5, "epsilon": 0.2}, None),
+    ("sce", {"select_topk": 0.4}, None),
+    ("from_norm", {"k": 1.0}, None),
+    ("dare_linear", {"weights": 1.0, "density": 0.5}, None),
+]
+
+
+@pytest.mark.parametrize(("method", "params", "brute"), BY_TENSOR, ids=[b[0] for b in BY_TENSOR])
+def test_multi_task_form_of_methods_that_measure_tensors(
+    dicts: Any, method: str, params: dict[str, Any], brute: Any
+) -> None:
+    base, models = dicts
+    deltas = deltas_of(models, base)
+    if brute is None:  # by the method alone, which has tests of its own
+        plain = run(models, method, base, **params)
+        delta = {name: x - base[name].numpy() for name, x in plain.items()}
+    else:
+        rows = {name: np.stack([d[name].ravel() for d in deltas]) for name in base}
+        delta = {name: brute(d).reshape(SHAPES[name]) for name, d in rows.items()}
+    summed = sum(np.abs(sum(d[name] for d in deltas)).sum() for name in base)
+    alpha = summed / sum(np.abs(d).sum() for d in delta.values()) / 3
+    got = run(models, method, base, then=[("lines", {"beta": 0.4})], **params)
+    compare(got, base, delta, alpha, 0.4)
+    # The same alpha, given, leaves each tensor to itself.
+    single = run(models, method, base, then=[("lines", {"alpha": alpha, "beta": 0.4})], **params)
+    compare(single, base, delta, alpha, 0.4)
+
+
+def test_multi_task_form_of_one_tensor_and_of_one_of_another_dtype(dicts: Any) -> None:
+    base, models = dicts
+    name = "model.layers.1.self_attn.q_proj.weight"
+    plain = {"weights": 1.0, "density": 0.3, "then": [("lines", {"beta": 0.4})]}
+    alone = mk.merge([m[name] for m in models], "ties", base=base[name], block=(1, 3), **plain)
+    state = mk.merge_state_dicts([{name: m[name]} for m in models], "ties", base={name: base[name]}, **plain)
+    block = number_blocks([name])[name]
+    assert torch.equal(state[name], mk.merge([m[name] for m in models], "ties", base=base[name], block=block, **plain))
+    assert not torch.equal(alone, state[name])
+    # One tensor in float64 makes float64 of the arithmetic of all.
+    narrow = [{k: v if k == "lm_head.weight" else v.float() for k, v in m.items()} for m in (base, *models)]
+    wide = [{k: v.double() for k, v in m.items()} for m in narrow]
+    got, want = (mk.merge_state_dicts(m[1:], "ties", base=m[0], **plain) for m in (narrow, wide))
+    assert all(torch.equal(got[k], want[k].to(got[k].dtype)) for k in base)
 
 
 def test_methods_that_measure_tensors(dicts: Any) -> None:

@@ -102,6 +102,90 @@ def test_lines_out_of_core_equals_the_call_and_is_recorded(tmp_path: Path, lines
     assert mk.verify(tmp_path / "out", recompute=3).ok
 
 
+BY_TENSOR: dict[str, tuple[dict[str, Any], int]] = {
+    # method: parameters, reads of the checkpoint where nothing overflows
+    "ties": ({"weight": 0.8, "density": 0.3}, 3),
+    "breadcrumbs": ({"weight": 1.0, "density": 0.5, "gamma": 0.05}, 3),
+    "model_stock": ({"filter_wise": True}, 3),
+    "della": ({"weight": 0.7, "density": 0.5, "epsilon": 0.2}, 3),
+    "dare_linear": ({"weight": 1.0, "density": 0.5, "rescale": False}, 2),
+}
+BUDGETS: list[dict[str, Any]] = [
+    {"tile": 4096, "threads": 3},
+    {"memory": 9_000_000},
+    {"memory": 4_000_000, "threads": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def trio(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and three fine-tunes of few tensors, some of more than one tile."""
+    root = tmp_path_factory.mktemp("trio")
+    for i, state in enumerate(trio_states()):
+        cases.save(root / ("base" if i == 0 else f"tuned{i}"), state)
+    return root
+
+
+def trio_states() -> list[dict[str, torch.Tensor]]:
+    names = ("model.embed_tokens.weight", "model.layers.0.mlp.weight", "model.layers.1.mlp.weight", "model.norm.weight")
+    base, *tuned = cases.state_dicts()
+    small = {name: base[name][:100] for name in names}
+    return [small, *({name: t[name][:100].clone() for name in names} for t in tuned)]
+
+
+@pytest.mark.parametrize("method", BY_TENSOR)
+def test_lines_after_a_method_that_sees_each_tensor_by_itself(trio: Path, tmp_path: Path, method: str) -> None:
+    params, reads = BY_TENSOR[method]
+    then = {"lines": {"beta": 0.4}}
+    path = cases.recipe(trio, method, name=f"{method}.yml", parameters=params, then=[then])
+    base, *tuned = trio_states()
+    words = {"weights" if name == "weight" else name: value for name, value in params.items()}
+    expected = mk.merge_state_dicts(tuned, method, base=base, then=[then], **words)
+    for i, options in enumerate(BUDGETS):
+        plan = cases.plan_of(path, tmp_path / f"out{i}", **options)
+        dry = plan.to_dict()
+        assert (dry["scope"], dry["passes"]["reads"]) == ("model", reads)
+        report = cases.run_of(path, tmp_path / f"out{i}", **options)
+        assert report.peak_tensor_memory <= min(plan.budget.limit, dry["peak_memory"])
+        if method in ("ties", "breadcrumbs"):  # a sample before, a second sweep where candidates do not fit
+            assert report.bytes_read >= plan.bytes_read
+        else:
+            assert report.bytes_read == plan.bytes_read
+        for name, tensor in read(tmp_path / f"out{i}").items():
+            assert torch.equal(tensor, expected[name]), name
+    if method in ("ties", "model_stock"):
+        assert mk.verify(tmp_path / "out0", recompute=1).ok
+
+
+def test_parameters_may_change_with_the_tensor_before_lines(trio: Path, tmp_path: Path) -> None:
+    density = [{"filter": "mlp", "value": 0.4}, {"filter": "norm", "value": 1.0}, {"value": 0.2}]
+    options: dict[str, Any] = {"parameters": {"weight": 1.0, "density": density}}
+    path = cases.recipe(trio, "ties", name="varied.yml", then=[{"lines": {"beta": 0.0}}], **options)
+    plain = cases.recipe(trio, "ties", name="varied-plain.yml", **options | {"dtype": "float32"})
+    cases.run_of(path, tmp_path / "out")
+    cases.run_of(plain, tmp_path / "plain")
+    base, *tuned = trio_states()
+    merged = read(tmp_path / "plain")
+    delta = {name: (merged[name] - base[name]).double() for name in base}
+    summed = sum(sum(m[name].double() - base[name].double() for m in tuned).abs().sum() for name in base)
+    alpha = summed / sum(d.abs().sum() for d in delta.values()) / 3
+    for name, tensor in read(tmp_path / "out").items():
+        want = (base[name].double() + alpha * delta[name]).bfloat16()
+        assert torch.allclose(tensor.float(), want.float(), rtol=2**-7, atol=1e-7), name
+
+
+def test_nan_is_named_before_lines_measures(trio: Path, tmp_path: Path) -> None:
+    for method in ("ties", "model_stock"):
+        params = BY_TENSOR[method][0]
+        for i, state in enumerate(trio_states()):
+            if i == 2:
+                state["model.layers.0.mlp.weight"][3, 5] = torch.nan
+            cases.save(tmp_path / method / ("base" if i == 0 else f"tuned{i}"), state)
+        path = cases.recipe(tmp_path / method, method, parameters=params, then=[{"lines": {"beta": 0.4}}])
+        with pytest.raises(MergeError, match=r"'model.layers.0.mlp.weight'.*NaN or Inf, the first at flat index 776"):
+            cases.run_of(path, tmp_path / method / "out")
+
+
 class Pair(TaskArithmetic):
     """The base and the models as inputs."""
 

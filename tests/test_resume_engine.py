@@ -39,10 +39,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parameters = {"weight": 1.0, "density": 0.4}
     cases.recipe(path, "ties", name="ties.yml", parameters=parameters)
     cases.recipe(path, "ties", name="model.yml", parameters=parameters | {"scope": "model"})
+    cases.recipe(path, "ties", name="lines.yml", parameters=parameters, then=[{"lines": {"beta": 0.4}}])
     return path
 
 
-@pytest.mark.parametrize(("name", "step"), [("ties", 1), ("model", 3)])
+@pytest.mark.parametrize(("name", "step"), [("ties", 1), ("model", 3), ("lines", 5)])
 def test_killed_at_every_operation(root: Path, tmp_path: Path, name: str, step: int) -> None:
     cases.run_of(root / f"{name}.yml", tmp_path / "expected", **OPTIONS)
     here = str(Path(__file__).parent)
@@ -82,11 +83,12 @@ def finish(root: Path, out: Path, wanted: dict[str, str], name: str = "ties") ->
     return report.resumed_units
 
 
-def test_finished_files_are_kept(root: Path, tmp_path: Path) -> None:
-    wanted, out, staging = half_done(root, tmp_path)
-    assert cases.plan_of(root / "ties.yml", out, **OPTIONS).state == "resumable"
+@pytest.mark.parametrize("name", ["ties", "lines"])
+def test_finished_files_are_kept(root: Path, tmp_path: Path, name: str) -> None:
+    wanted, out, staging = half_done(root, tmp_path, name)
+    assert cases.plan_of(root / f"{name}.yml", out, **OPTIONS).state == "resumable"
     kept = len(list((staging / "receipts").iterdir()))
-    assert finish(root, out, wanted) == kept >= 1
+    assert finish(root, out, wanted, name) == kept >= 1
 
 
 def test_a_flipped_byte_in_a_staged_file_is_found(root: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from . import _cpu
 from ._backends.dispatch import Backend, require
 from ._keeping import Kept
-from ._methods.protocol import Coeffs, Method, Round, Spec, Stats
+from ._methods.protocol import ByTensor, Coeffs, Method, Round, Spec, Stats, alone
 from .ops.assembly import alignment, parts
 from .ops.inputs import Inputs
 from .ops.program import Program
@@ -69,6 +69,12 @@ def _run(
         for spec, inputs in zip(specs, tensors, strict=True):
             run_program(method.apply(spec, state.coeffs), inputs, None, backend, threads, "propagate", votes)
         return votes, n
+    if state.op == "each":
+        assert state.each is not None
+        found_by = {}
+        for spec, inputs in zip(specs, tensors, strict=True):
+            found_by[spec.name] = resolve_scope(state.each, [alone(spec)], [inputs], backend, threads, nan)
+        return ByTensor(of=found_by), n
     values = []
     for spec, inputs in zip(specs, tensors, strict=True):
         if state.op == "reduce":

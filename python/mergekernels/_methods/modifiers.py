@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 from ..errors import ArgumentError, DataError, nearest
@@ -18,7 +18,7 @@ from ..ops.program import Program
 from ..ops.sums import Reduce, Sums
 from .blocks import number_blocks, pattern_problem
 from .gram import exact_sum
-from .protocol import Coeffs, Method, MethodInfo, Param, Round, Spec, Stats
+from .protocol import ByTensor, Coeffs, Method, MethodInfo, Param, Round, Spec, Stats, alone
 
 __all__ = ["LINES", "Modified", "Then", "blocks_of", "modified", "modifiers", "read_then"]
 
@@ -44,15 +44,15 @@ LINES = MethodInfo(
         ),
     ),
     base="required",
-    passes="none of its own; the multi-task form one more read of the checkpoint",
+    passes="none of its own; the multi-task form one more read of the checkpoint, after what the method measures",
     source="Wang et al. 2024, LiNeS, arXiv 2410.17146; wang-kee/LiNeS src/eval/eval.py, src/eval/aggregation.py",
     dialects={"default": "the authors' rules"},
     deviations=(
         "the authors find blocks by substring, so that the number of an expert can pass for a layer; here the "
         "architecture or a pattern tells",
         "with one block the authors divide by zero; here s = alpha + beta",
-        "the multi-task form needs a method that measures the whole model (scope: model) or nothing; beside one that "
-        "measures each tensor by itself, beta alone is refused",
+        "the multi-task form beside a method in tensor scope measures all tensors, each by itself, before any is "
+        "written; all are computed in float64 if one of them is",
     ),
     tier="T1",
 )
@@ -137,9 +137,9 @@ def modified(method: Method, names: Sequence[str]) -> Method:
 
 @dataclass(frozen=True)
 class _Unscaled(Coeffs):
-    """The method's coefficients, None where every tensor has its own and they need no data."""
+    """The method's coefficients: common to all tensors, or of each (`ByTensor`)."""
 
-    inner: Coeffs | None = None
+    inner: Coeffs = field(default_factory=Coeffs)
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,12 @@ class Modified:
         """The model where alpha comes from its norms, else the method's scope."""
         return "model" if params["lines.alpha"] is None else self.method.scope(params, dialect)
 
+    def measures_after(self, params: Mapping[str, Any], state: Round | Coeffs) -> bool:
+        """Whether all tensors are read, merged and measured between what `state` asks for and the writing pass."""
+        return params["lines.alpha"] is None and not (isinstance(state, Round) and isinstance(state.coeffs, _Unscaled))
+
     def start(self, spec: Spec) -> Round | Coeffs:
-        """The method's first round; where each tensor is by itself and nothing is measured, LiNeS' own."""
+        """The method's first round; where it sees each tensor by itself and alpha comes from the model, all of them."""
         if not spec.has_base:
             raise ArgumentError(
                 "lines scales a task vector, and without a base there is none",
@@ -193,10 +197,14 @@ class Modified:
                 expected="a base",
                 got="none",
             )
+        if spec.params["lines.alpha"] is None and self.method.scope(spec.params, spec.dialect) == "tensor":
+            return Round("each", "model", each=self.method)
         return self._go_on(spec, self.method.start(spec))
 
     def resolve(self, spec: Spec, round_: Round, stats: Stats, visited: int) -> Round | Coeffs:
         """The method's next round; after its last one the norms of LiNeS."""
+        if round_.op == "each":
+            return self._go_on(spec, cast(ByTensor, stats))
         if isinstance(round_.coeffs, _Unscaled):
             return _Scaled(inner=round_.coeffs.inner, alpha=_ratio(spec, cast(Sums, stats)))
         return self._go_on(spec, self.method.resolve(spec, round_, stats, visited))
@@ -206,11 +214,10 @@ class Modified:
         if not isinstance(coeffs, _Unscaled):
             return self.method.apply(spec, coeffs)
         inner = coeffs.inner
-        if inner is None:
-            state = self.method.start(spec)
-            assert not isinstance(state, Round)
-            inner = state
-        program = self.method.apply(spec, inner)
+        if isinstance(inner, ByTensor):
+            program = self.method.apply(alone(spec), inner.of[spec.name])
+        else:
+            program = self.method.apply(spec, inner)
         if not isinstance(coeffs, _Scaled):
             return program
         scale = program.scale * _scale(spec, coeffs.alpha)
@@ -218,23 +225,12 @@ class Modified:
         return replace(program, scale=scale)
 
     def _go_on(self, spec: Spec, state: Round | Coeffs) -> Round | Coeffs:
-        alpha = spec.params["lines.alpha"]
-        by_tensor = self.method.scope(spec.params, spec.dialect) == "tensor"
         if isinstance(state, Round):
-            if alpha is None and by_tensor:
-                name = self.method.info.name
-                raise ArgumentError(
-                    f"lines takes alpha from the whole model, and {name} measures each tensor by itself",
-                    code="modifier.scope",
-                    tensor=spec.name or None,
-                    expected="a method that measures the whole model, or nothing",
-                    hint="Set the method's scope to model where it has one, or give lines an alpha beside beta.",
-                )
             return state
+        alpha = spec.params["lines.alpha"]
         if alpha is not None:
             return _Scaled(inner=state, alpha=alpha)
-        coeffs = _Unscaled(inner=None if by_tensor else state)
-        return Round("reduce", "model", coeffs=coeffs, reduce=Reduce(("total_abs", "merged_abs")))
+        return Round("reduce", "model", coeffs=_Unscaled(inner=state), reduce=Reduce(("total_abs", "merged_abs")))
 
 
 def _ratio(spec: Spec, sums: Sums) -> float:

@@ -14,7 +14,7 @@ of the scope before `resolve`, and every tensor gets its own program from the co
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ..ops.keep import Keep
@@ -26,7 +26,7 @@ from ..tensors import DType
 if TYPE_CHECKING:
     from .._cpu import StreamStats, SweepStats
 
-__all__ = ["REQUIRED", "Coeffs", "Method", "MethodInfo", "Param", "Round", "Spec", "Stats"]
+__all__ = ["REQUIRED", "ByTensor", "Coeffs", "Method", "MethodInfo", "Param", "Round", "Spec", "Stats", "alone"]
 
 
 class _Required:
@@ -133,11 +133,26 @@ class Coeffs:
     zero_vote: int = 1
 
 
+def alone(spec: Spec) -> Spec:
+    """A tensor of a model's scope as a method in tensor scope sees it: the only one, in the model's compute dtype."""
+    return replace(spec, scope=Scope((0,), (spec.tensor,), spec.n, spec.scope.compute), offset=0)
+
+
+@dataclass(frozen=True)
+class ByTensor(Coeffs):
+    """Name of a tensor -> what a method in tensor scope has resolved for it.
+
+    Without a part in `repr`, which names what a run leaves on disk: it follows from the plan.
+    """
+
+    of: Mapping[str, Coeffs] = field(default_factory=dict, repr=False)
+
+
 if TYPE_CHECKING:
-    Stats = SweepStats | StreamStats | Sums
+    Stats = SweepStats | StreamStats | Sums | ByTensor
 else:
     Stats = object
-"""What a round yields: SweepStats for "select", StreamStats for "votes", Sums for the others."""
+"""What a round yields: SweepStats for "select", StreamStats for "votes", ByTensor for "each", Sums for the others."""
 
 
 @dataclass(frozen=True)
@@ -150,15 +165,17 @@ class Round:
     op "gram": the dot products `gram`; Sums, likewise.
     op "divergence": the divergence of each row of `row_length` elements (scope tensor, one model and a base); Sums with
     one slot and one number per row.
+    op "each": take every tensor of the scope, `alone`, through all rounds of the method `each`; ByTensor.
     """
 
-    op: Literal["select", "votes", "reduce", "gram", "divergence"]
+    op: Literal["select", "votes", "reduce", "gram", "divergence", "each"]
     scope: Literal["tensor", "model"]
     selection: Selection | None = None
     coeffs: Coeffs | None = None
     reduce: Reduce | None = None
     gram: Gram | None = None
     row_length: int = 0
+    each: Method | None = None
 
 
 class Method(Protocol):

@@ -100,7 +100,8 @@ def _run(ctx: Context, staging: Staging, overwrite: bool, progress: ProgressSink
                 else:
                     yield MergeJob(ctx, target, state)
 
-        scheduler.run(jobs(), lambda done, name: tell("merge", done, total, name))
+        held = plan.survey.held
+        scheduler.run(jobs(), lambda done, name: tell("merge", done, total, name), reserved=held)
     if not collector.factors:
         raise InputError("the merged task vector is zero in every module", code="output.zero", file=str(plan.out))
     tell("publish", 0, 0, "")

@@ -95,7 +95,7 @@ class _Run:
 
         try:
             with committer, ahead:
-                scheduler.run(jobs(), tick)
+                scheduler.run(jobs(), tick, reserved=plan.survey.held)
                 tick(total, "")
             if committer.error is not None:
                 raise committer.error

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .._keeping import kept_bytes
-from .._methods.protocol import Coeffs, Method, Round, Spec
+from .._methods.protocol import Coeffs, Method, Round, Spec, alone
 from ..ops.program import Program, Table
 from ..ops.selection import Selection
 from ..ops.sums import Segments
@@ -17,8 +17,10 @@ from .tiling import least_of_gram, roomy_of_gram, slab_unit
 
 __all__ = [
     "Needs",
+    "first_measured",
     "is_sum",
     "num_slots",
+    "of_coeffs",
     "of_program",
     "of_round",
     "of_scope",
@@ -27,6 +29,9 @@ __all__ = [
 ]
 
 _WORD = 8
+
+_OBJECTS = 256
+"""Bytes of the objects that hold the coefficients of one model in one tensor."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,26 @@ def sum_segments(spec: Spec, round_: Round) -> Segments:
     return Segments("tensor", 1, spec.n)
 
 
+def first_measured(method: Method, spec: Spec, state: Round | Coeffs) -> tuple[Method, Spec, Round | Coeffs]:
+    """What measures a tensor first from `state` on: the method, the tensor as it sees it, and its state."""
+    if isinstance(state, Round) and state.each is not None:
+        spec = alone(spec)
+        return state.each, spec, state.each.start(spec)
+    return method, spec, state
+
+
+def of_coeffs(method: Method, specs: Sequence[Spec], state: Round | Coeffs) -> int:
+    """Bytes of the coefficients of single tensors that are held until all are written; 0 if they are common to all."""
+    if not (isinstance(state, Round) and state.op == "each"):
+        return 0
+    total = 0
+    for spec in specs:
+        _, own, first = first_measured(method, spec, state)
+        segments = sum_segments(own, first).count if isinstance(first, Round) and is_sum(first) else 1
+        total += spec.num_models * (_OBJECTS + _WORD * segments)
+    return total
+
+
 def of_round(method: Method, spec: Spec, round_: Round, itemsize: int) -> Needs:
     """What one round over one tensor needs. itemsize : bytes of the widest source's elements."""
     if round_.op == "select":
@@ -123,6 +148,11 @@ def of_tensor(method: Method, spec: Spec, state: Round | Coeffs, itemsize: int) 
     """What a tensor needs from `state` on, as far as it shows; later rounds are allowed for by their usual size."""
     if isinstance(state, Coeffs):
         return of_program(method.apply(spec, state), spec)
+    if state.op == "each":
+        needs = of_tensor(*first_measured(method, spec, state), itemsize)
+        # The sums that follow: |sum of the models|, |result|.
+        size = needs.statistics + 2 * _WORD * (_blocks(spec.n) + 1)
+        return needs.joined(Needs(needs.tile, statistics=size, features=frozenset({"reduce"})))
     needs = of_round(method, spec, state, itemsize)
     models, blocks = spec.num_models, _blocks(spec.n)
     # The norms of the writing pass, a reduction of four quantities of each model, a second selection.
@@ -141,6 +171,9 @@ def of_scope(method: Method, specs: Sequence[Spec], round_: Round) -> int:
     """Bytes of statistics that a round over a whole model can fill, all copies together."""
     if round_.op == "votes":
         return 0
+    if round_.op == "each":
+        # The sums that follow: |sum of the models|, |result|.
+        return WAVE_COPIES * _WORD * 2 * len(specs)
     if round_.op == "select":
         assert round_.selection is not None
         searches = sum(s is not None for s in round_.selection.searches)

@@ -18,6 +18,7 @@ from ..ops.selection import Scope
 from ..ops.sums import Segments
 from ..tensors import F64, DType, compute_dtype, tensor_id
 from .adapted import WORK_COPIES, AdaptedCheckpoint, factor_bytes, low_rank_sources, module_of
+from .needs import first_measured
 from .resolved import ResolvedMerge, ResolvedTensor, Source, sources_of
 
 __all__ = ["Specs", "method_of", "plain_method", "sources_of"]
@@ -89,7 +90,6 @@ class Specs:
             self._check_whole(method, self.whole)
         elif self.scope == "model":
             self.model_scope = self._model_scope()
-
         self._made_in = {merge.tensors[i].name: self.spec(i).compute for i in self.members if self._is_made(i)}
         self.generated = {merge.tensors[i].name: self._by_deltas(i, method) for i in self.members if self._is_made(i)}
 
@@ -113,7 +113,8 @@ class Specs:
             return True
         if not method.info.modifiable:
             return False
-        state = method.start(self.spec(index))
+        spec = self.spec(index)
+        _, _, state = first_measured(method, spec, method.start(spec))
         by_deltas = not (isinstance(state, Round) and state.op == "divergence")
         if not by_deltas and self.merge.output is not None:
             raise InputError(

@@ -88,7 +88,7 @@ def _peak(plan: Plan) -> int:
     """Most bytes of tiles and statistics at a time."""
     budget, found = plan.budget, plan.survey
     tiles = budget.threads * budget.worker_bytes
-    statistics = max(found.scope, sum(found.wants[: budget.window]))
+    statistics = found.held + max(found.scope, sum(found.wants[: budget.window]))
     return tiles + min(budget.pool, statistics)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from .._methods.modifiers import Modified
 from .._methods.protocol import Coeffs, Method, Round
-from .needs import Needs, is_sum, of_scope, of_tensor
+from .needs import Needs, first_measured, is_sum, of_coeffs, of_scope, of_tensor
 from .resolved import ResolvedTensor, sources_of
 from .specs import Specs
 from .wholeneeds import whole_bytes
@@ -20,7 +21,8 @@ class Survey:
     features : what the backend must be able to do, as far as it shows. needed, roomy : bytes of one source in a tile,
     see `cut_budget`. floor : bytes of statistics without which some tensor cannot be merged.
     wants : bytes of statistics that each tensor makes use of, descending. scope : bytes that a wave over the whole
-    model makes use of. whole : where tensors are needed whole, the name of the one that needs most.
+    model makes use of. whole : where tensors are needed whole, the name of the one that needs most. held : bytes of
+    coefficients of single tensors, from their measuring until the end.
     """
 
     reads: int
@@ -32,6 +34,7 @@ class Survey:
     wants: tuple[int, ...]
     scope: int
     whole: str = ""
+    held: int = 0
 
 
 def widest(specs: Specs, tensor: ResolvedTensor) -> int:
@@ -53,13 +56,14 @@ def survey(specs: Specs, method: Method) -> Survey:
     if specs.whole is not None:
         return _of_whole(specs)
     common: Round | Coeffs | None = None
-    shared = scope = 0
+    shared = scope = held = 0
     if specs.model_scope is not None:
         members, common = specs.first_state(method)
         if isinstance(common, Round):
             scope = of_scope(method, members, common)
             # Sums of all tensors are held together, beside those of the tensors in work.
-            shared = scope if is_sum(common) else 0
+            shared = scope if is_sum(common) or common.op == "each" else 0
+            held = of_coeffs(method, members, common)
     found = Needs(0)
     needed = roomy = 0
     reads, sampled = 1, False
@@ -77,11 +81,15 @@ def survey(specs: Specs, method: Method) -> Survey:
         found = found.joined(needs)
         needed, roomy = max(needed, needs.tile * size), max(roomy, needs.roomy * size)
         wants.append(needs.statistics + needs.entries)
+        # Where a modifier measures what a method makes, this is a read of its own, unless it is the first.
+        after = isinstance(method, Modified) and method.measures_after(spec.params, state)
+        _, _, state = first_measured(method, spec, state)
+        reads = max(reads, 1 + isinstance(state, Round) + after)
         if isinstance(state, Round):
-            reads = 2
             sampled = sampled or (state.selection is not None and state.selection.sample < 1.0)
     wants.sort(reverse=True)
-    return Survey(reads, sampled, found.features, needed, roomy, found.statistics + shared, tuple(wants), scope)
+    floor = found.statistics + shared + held
+    return Survey(reads, sampled, found.features, needed, roomy, floor, tuple(wants), scope, held=held)
 
 
 def _of_whole(specs: Specs) -> Survey:

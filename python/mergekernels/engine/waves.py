@@ -18,6 +18,7 @@ from .._cpu import StreamStats, SweepStats
 from .._methods.protocol import Coeffs, Round, Spec
 from ..ops.sums import Sums
 from .context import Context, OpenTensor, Worker
+from .each import resolve_each
 from .fileops import read_small, write_small
 from .layout import OutputFile
 from .measure import Search, Shared, measure_of, new_shared, sweep_nonfinite
@@ -108,6 +109,10 @@ def run_waves(
     number = 0
     while isinstance(state, Round):
         number += 1
+        if state.op == "each":
+            found = resolve_each(ctx, scheduler, specs, state, tick)
+            state = ctx.plan.method.resolve(specs[0], state, found, specs[0].scope.n)
+            continue
         wave = _Wave(ctx, staging, specs, state, number)
         stats, visited = wave.run(scheduler, tick)
         result: Shared | Sums = stats.sums([s.name for s in specs]) if isinstance(stats, ScopeSums) else stats
@@ -124,7 +129,7 @@ class _Wave:
         self._round = round_
         self._specs = {spec.name: spec for spec in specs}
         self._room = ctx.plan.budget.pool // WAVE_COPIES
-        self._held = of_scope(ctx.plan.method, specs, round_) if is_sum(round_) else 0
+        self._held = ctx.plan.survey.held + (of_scope(ctx.plan.method, specs, round_) if is_sum(round_) else 0)
         state = repr((ctx.plan.hash, number, round_))
         self._name = f"{number:02d}-{hashlib.sha256(state.encode()).hexdigest()[:16]}"
         self._done = 0

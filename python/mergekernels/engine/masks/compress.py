@@ -275,9 +275,13 @@ class _Compression:
                 )
 
         total = plan.bytes_in
+
+        def tick(done: int, name: str) -> None:
+            self._tell("merge", min(done, total), total, name)
+
         try:
             with committer, ahead:
-                scheduler.run(jobs(), lambda done, name: self._tell("merge", min(done, total), total, name))
+                scheduler.run(jobs(), tick, reserved=plan.survey.held)
             if committer.error is not None:
                 raise committer.error
             if committer.failed:
