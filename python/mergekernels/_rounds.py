@@ -111,7 +111,7 @@ def run_reduce(
             part.models,
             compute=inputs.compute,
             threads=threads,
-            kept=() if kept is None else kept.views(part.flat),
+            **({} if kept is None else {"kept": kept.views(part.flat)}),  # only for a backend that has "reduce:kept"
         )
     return _fold(sums)
 
