@@ -114,9 +114,13 @@ def _write(config: pytest.Config, section: str, found: list[dict[str, Any]]) -> 
     if target:
         path = Path(target)
         whole = json.loads(path.read_text()) if path.exists() else {}
-        whole[section] = {
-            "machine": config.stash[_MACHINE],
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "records": found,
-        }
+        machine = config.stash[_MACHINE]
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        if section == "spectral":
+            # A row is a ratio within its own run: rows of other runs stay, each with its commit and date.
+            found = [row | {"commit": machine["commit"], "date": now} for row in found]
+            fresh = {matrices.key(row) for row in found}
+            before = whole.get(section, {}).get("records", [])
+            found = [row for row in before if matrices.key(row) not in fresh] + found
+        whole[section] = {"machine": machine, "date": now, "records": found}
         path.write_text(json.dumps(whole, indent=2) + "\n")

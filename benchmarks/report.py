@@ -95,11 +95,12 @@ def ops_table(section: dict[str, Any]) -> list[str]:
 
 def matrices_table(section: dict[str, Any]) -> list[str]:
     """Ops over matrices and adapters: time beside each peer's, and the distance between the results."""
-    lines = [_header(section), "", "| op | case | ms | peer | its ms | faster | relative error |", "|" + "---|" * 7]
+    heads = "op | case | ms | peer | its ms | faster | relative error | commit"
+    lines = [_header(section), "", f"| {heads} |", "|" + "---|" * 8]
     for e in section["records"]:
         lines.append(
             f"| {e['op']} | {e['case']} | {e['median_ms']:.1f} | {e['peer']} | {e['peer_ms']:.0f} "
-            f"| {e['times_faster']:.1f}x | {e['error']:.1e} |"
+            f"| {e['times_faster']:.1f}x | {e['error']:.1e} | {e['commit']} |"
         )
     return lines
 

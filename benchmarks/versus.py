@@ -89,6 +89,11 @@ class Versus:
         self.benchmark.extra_info.update(rows[-1])
 
 
+def key(row: dict[str, Any]) -> tuple[str, str, str]:
+    """What a row measures: one with the same key takes its place in the results."""
+    return row["op"], row["case"], row["peer"]
+
+
 def line(row: dict[str, Any]) -> str:
     """A row as the terminal shows it."""
     share = f"  {row['percent_of_matrix_rate']:5.1f} % of the matrix rate" if "percent_of_matrix_rate" in row else ""
