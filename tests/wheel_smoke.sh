@@ -8,7 +8,9 @@ tree=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-CMAKE_BUILD_PARALLEL_LEVEL=2 "$python" -m pip wheel --quiet --no-build-isolation --no-deps -w "$work/wheel" "$tree"
+# Without the CUDA module, which takes minutes to compile, is built for the tests already, and is not loaded here.
+CMAKE_BUILD_PARALLEL_LEVEL=2 "$python" -m pip wheel --quiet --no-build-isolation --no-deps -w "$work/wheel" \
+    --config-settings=cmake.define.MERGEKERNELS_CUDA=OFF "$tree"
 "$python" -m venv "$work/venv"
 "$work/venv/bin/python" -m pip install --quiet --no-deps "$work"/wheel/mergekernels-*.whl
 # The dependencies of the command line alone, in the pinned versions.
