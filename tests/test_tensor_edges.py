@@ -17,6 +17,15 @@ from mergekernels.ops.tensor.tasks import Tasks
 from stacks import dense, model, random_stack, relative
 
 
+@pytest.mark.parametrize(("m", "n"), [(0, 5), (5, 0), (0, 0)])
+def test_updates_without_rows_or_columns(m: int, n: int) -> None:
+    stack = random_stack((2, 3), m, n)
+    found = cp_als(stack, 2)
+    assert [tuple(f.shape) for f in found.factors] == [(2, 2), (m, 2), (n, 2)] and found.fit == 1.0
+    frame = tucker(stack, 2)
+    assert (len(frame.u), len(frame.v), frame.error) == (m, n, 0.0)
+
+
 @pytest.mark.parametrize("power", [-130, -20, 20, 130])
 def test_scale_changes_nothing_but_the_scale(power: int) -> None:
     """1e-130 on both factors: every square of the updates is outside float64."""

@@ -57,6 +57,11 @@ def test_bad_input_is_named() -> None:
         mttkrp(stack, [factors[0], factors[1], factors[1]], 1)
     with pytest.raises(MergeError, match="mode is not usable"):
         mttkrp(stack, factors, 3)
+    for few in (factors[:2], factors[0]):
+        with pytest.raises(MergeError, match=r"factors are not usable; expected \[C, U, V\]"):
+            mttkrp(stack, few, 2)
+    with pytest.raises(MergeError, match="factor C is complex"):
+        mttkrp(stack, [factors[0].to(torch.complex64), *factors[1:]], 2)
     with pytest.raises(MergeError, match="B and A do not fit together"):
         mttkrp([(stack[0][0], stack[1][1])], factors, 0)
     with pytest.raises(MergeError, match="differ in size"):

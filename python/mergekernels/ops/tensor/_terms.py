@@ -131,6 +131,8 @@ def signs(x: Any) -> torch.Tensor:
     import torch
 
     whole = x.dense() if hasattr(x, "parts") else x
+    if not len(whole):
+        return torch.ones(whole.shape[1], dtype=torch.float64, device=whole.device)
     rows = whole.abs().argmax(0)
     return torch.where(whole.gather(0, rows[None])[0] < 0, -1.0, 1.0).to(torch.float64)
 

@@ -53,6 +53,13 @@ def _checked(stack: Stack, factors: Any, mode: int) -> list[Any]:
     """The factors in float64 on the device of the stack, None for the one of the mode."""
     import torch
 
+    if not isinstance(factors, (list, tuple)) or len(factors) != 3:
+        raise ArgumentError(
+            "factors are not usable",
+            code="mttkrp.factors",
+            expected="[C, U, V]",
+            got=f"{type(factors).__name__} of {len(factors)}" if hasattr(factors, "__len__") else repr(factors),
+        )
     c, u, v = factors
     (m, n), tasks = stack.shape, len(stack.ranks)
     sizes = ((c, tasks, "C"), (u, m, "U"), (v, n, "V"))
@@ -68,6 +75,10 @@ def _checked(stack: Stack, factors: Any, mode: int) -> list[Any]:
                 code="mttkrp.factors",
                 expected=f"a matrix of {size} rows",
                 got=str(tuple(x.shape)) if isinstance(x, torch.Tensor) else type(x).__name__,
+            )
+        if x.is_complex():
+            raise ArgumentError(
+                f"factor {name} is complex", code="mttkrp.factors", expected="real numbers", got=str(x.dtype)
             )
         if not bool(torch.isfinite(x).all()):
             raise DataError(f"factor {name} holds NaN or Inf", code="data.nonfinite", tensor=name)
