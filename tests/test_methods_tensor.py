@@ -197,6 +197,15 @@ class TestLoraLego:
         assert relative(found.delta.dense(), (5 / 3) ** 0.5 * same.dense()) < 1e-9
         assert delta("lora_lego", [empty(stack)] * 2).abs().max() == 0.0
 
+    @pytest.mark.parametrize("features", ["balanced", "unit"])
+    @pytest.mark.parametrize("power", [-25, 25])
+    def test_units_whose_squares_leave_float32(self, features: str, power: int) -> None:
+        stack = [(b.float(), a.float()) for b, a in random_stack((3, 3), 20, 15)]
+        want = delta("lora_lego", stack, k=4, features=features)
+        found = merged("lora_lego", [(b * 10.0**power, a) for b, a in stack], k=4, features=features)
+        assert found.report["zero_units"] == 0 and isinstance(found.delta, Factors)
+        assert relative(found.delta.b.double() @ found.delta.a.double() / 10.0**power, want) < 1e-6
+
 
 @pytest.mark.parametrize("method", ["tc_lora", "compress_then_merge", "tucker_merge", "lora_lego"])
 def test_whole_adapters(method: str, tmp_path: Any) -> None:

@@ -186,7 +186,7 @@ def _merged(spec: MatrixSpec, pool: _Pool, found: Clusters) -> Merged:
     }
     warnings: tuple[str, ...] = ()
     if not found.converged:
-        warnings = (f"{spec.name}: k-means did not settle in {params['max_iter']} steps",)
+        warnings = (f"k-means did not settle in {params['max_iter']} steps",)
     return Merged(Factors((mu_b * (units / k) ** 0.5).to(b.dtype), mu_a.to(a.dtype)), report, warnings)
 
 
@@ -196,13 +196,14 @@ def _units(
     """Units without those of zero (b columns, a rows), balanced unless `raw`, and what is compared."""
     import torch
 
-    left, right = torch.linalg.vector_norm(b, dim=0), torch.linalg.vector_norm(a, dim=1)
+    # In float64: the squares of float32 numbers need not fit into float32.
+    left = torch.linalg.vector_norm(b, dim=0, dtype=torch.float64)
+    right = torch.linalg.vector_norm(a, dim=1, dtype=torch.float64)
     there = (left > 0) & (right > 0)
     b, a, left, right = b[:, there], a[there], left[there], right[there]
     if kind == "raw":
         return b, a, (b, a)
-    if kind == "unit":
-        same = (b / left.clamp_min(1e-8), a / right.clamp_min(1e-8)[:, None])
-    ratio = (right / left).sqrt()
+    same = (b / left, a / right[:, None]) if kind == "unit" else None
+    ratio = (right / left).sqrt().to(b.dtype)
     b, a = b * ratio, a / ratio[:, None]
-    return b, a, same if kind == "unit" else (b, a)
+    return b, a, same or (b, a)
