@@ -72,6 +72,22 @@ def test_merges_are_those_of_tc_lora() -> None:
         shared.merge(shared_min=2.0)
 
 
+def test_warnings_of_the_fit_are_said_with_the_module() -> None:
+    given = adapters(4, 3)
+    want = "l.1.k: rank 100 is more than the 12 that the stack holds: 12 are used, an exact model"
+    for made in (merge_adapters(given, "tc_lora", cp_rank=100), factorise_adapters(given, 100).merge()):
+        assert want in made.report.warnings
+
+
+def test_what_the_fit_does_not_take_is_refused() -> None:
+    given = adapters(2, 2)
+    for options in ({"weights": [1.0, 2.0]}, {"shared_min": 0.5}):
+        with pytest.raises(MergeError, match=f"{next(iter(options))}.*expected an argument of merge"):
+            factorise_adapters(given, **options)  # type: ignore[arg-type]
+    with pytest.raises(MergeError, match="rank and cp_rank are both given"):
+        factorise_adapters(given, 2, cp_rank=3)
+
+
 def blobs(sizes: Sequence[int], width: int) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(1)
     centres = torch.randn(len(sizes), width, generator=g) * 4.0
@@ -108,5 +124,10 @@ def test_bad_embeddings_are_refused() -> None:
     found = cluster_texts(x, 2)
     with pytest.raises(MergeError, match="another width"):
         found.route(x[:, :2])
-    with pytest.raises(MergeError, match="temperature"):
-        found.route(x, temperature=0.0)
+    for temperature in (0.0, 1e-308):
+        with pytest.raises(MergeError, match="temperature"):
+            found.route(x, temperature=temperature)
+    for what, words in ((x.to(torch.complex64), "complex"), ("text", "not numbers"), ([[1.0], [1.0, 2.0]], "not num")):
+        with pytest.raises(MergeError, match=words):
+            cluster_texts(what, 2)
+    assert not cluster_texts(x.clone().requires_grad_(), 2).centroids.requires_grad

@@ -110,7 +110,7 @@ class SharedAdapters:
             coefficients = torch.tensor(weights, dtype=torch.float64) @ c.double() * job.scale
             delta = Factors((u.double() * coefficients)[:, kept].to(u.dtype), v[:, kept].mT)
             report = {"fit": cp.fit, "cp_rank": cp.diagnostics["rank"], "terms": int(kept.sum())}
-            waiting.append((place, Merged(delta, report)))
+            waiting.append((place, Merged(delta, report, cp.diagnostics["warnings"])))
         yield from cut_waiting(waiting, job, limits)
 
 
@@ -128,13 +128,26 @@ def factorise_adapters(
 
     adapters, base, out_dtype, device : as for `merge_adapters`. rank : terms per module, at most the sum of the ranks;
     default the largest rank among the adapters. seed : of random starts. params : the other parameters of tc_lora
-    (normalize, n_starts, max_iter, tol, strict, scale, fold_scale). Modules of equal shape are factorised together.
+    (normalize, n_starts, max_iter, tol, strict, scale, fold_scale) but weights and shared_min, which `merge` takes;
+    scale multiplies every merge and every task. Modules of equal shape are factorised together.
 
     Raises
     ------
     ArgumentError, DataError, and what `merge_adapters` raises.
     """
+    later = [name for name in ("weights", "shared_min") if name in params]
+    if later:
+        raise ArgumentError(
+            f"{' and '.join(later)}: the factorisation does not depend on it",
+            code="shared.params",
+            expected="an argument of merge",
+            got="an argument of factorise_adapters",
+        )
     if rank is not None:
+        if "cp_rank" in params:
+            raise ArgumentError(
+                "rank and cp_rank are both given", code="shared.rank", expected="one of them", got="both"
+            )
         params["cp_rank"] = rank
     asked = asked_dtype(out_dtype)
     job, limits = open_job(adapters, "tc_lora", None, None, None, base, "default", seed, "b", device, params)

@@ -31,7 +31,7 @@ class TextClusters:
         """(nearest cluster (M,), weight of every cluster (M, k), rows summing to 1) for new texts.
 
         embeddings : (M, d). temperature : of the softmax over similarities (cosine, or minus the squared distance),
-        above 0; the smaller, the nearer to the nearest cluster alone. The weights serve as `weights` of a merge.
+        1e-100 or more; the smaller, the nearer to the nearest cluster alone. The weights serve as `weights` of a merge.
 
         Raises
         ------
@@ -39,9 +39,9 @@ class TextClusters:
         """
         import torch
 
-        if not isinstance(temperature, (int, float)) or not 0.0 < temperature < float("inf"):
+        if not isinstance(temperature, (int, float)) or not 1e-100 <= temperature < float("inf"):
             raise ArgumentError(
-                "temperature is not usable", code="texts.temperature", expected="above 0", got=repr(temperature)
+                "temperature is not usable", code="texts.temperature", expected="1e-100 or more", got=repr(temperature)
             )
         x = _points(embeddings, self.metric)
         if x.shape[1] != self.centroids.shape[1]:
@@ -67,7 +67,7 @@ def cluster_texts(
 ) -> TextClusters:
     """Group training texts by embeddings that the caller has, so that one adapter can be tuned on each group.
 
-    embeddings : (N, d), a tensor or what torch.as_tensor takes; N at most 32768, whose Gram is held. k : clusters, 1 to
+    embeddings : (N, d), a tensor or what torch.as_tensor takes; N at most 32768. k : clusters, 1 to
     N. metric : "cosine" compares embeddings of norm 1. n_starts, max_iter, seed : as for `ops.cluster`.
 
     Raises
@@ -83,7 +83,7 @@ def cluster_texts(
     x = _points(embeddings, metric)
     if x.shape[0] > 32768:
         raise ArgumentError(
-            "too many texts for one Gram",
+            "too many texts",
             code="texts.count",
             expected="at most 32768",
             got=str(x.shape[0]),
@@ -103,7 +103,17 @@ def _points(embeddings: Any, metric: str) -> torch.Tensor:
     """The embeddings in float64, of norm 1 for cosine."""
     import torch
 
-    x = torch.as_tensor(embeddings)
+    try:
+        x = torch.as_tensor(embeddings).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(
+            "embeddings are not numbers",
+            code="texts.type",
+            expected="a tensor, or what torch.as_tensor takes",
+            got=type(embeddings).__name__,
+        ) from error
+    if x.is_complex():
+        raise ArgumentError("embeddings are complex", code="texts.type", expected="real numbers", got=str(x.dtype))
     if x.ndim != 2 or not x.shape[0] or not x.shape[1]:
         raise ArgumentError(
             "embeddings are not a matrix", code="texts.shape", expected="(texts, width)", got=str(tuple(x.shape))

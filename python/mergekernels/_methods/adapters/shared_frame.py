@@ -76,7 +76,7 @@ class _Framed(PerMatrix):
         }
         warnings: tuple[str, ...] = ()
         if not found.converged:
-            warnings = (f"{spec.name}: the frame did not converge in {params['max_iter']} sweeps",)
+            warnings = (f"the frame did not converge in {params['max_iter']} sweeps",)
         return Merged(Factors((u.double() @ merged.double()).to(u.dtype), v.mT), report, warnings)
 
 

@@ -178,7 +178,7 @@ def _products(specs: Sequence[MatrixSpec], stacks: Sequence[Sequence[Factors]]) 
         kept = torch.tensor([s >= spec.params["shared_min"] for s in shares])
         b = (u.double() * (_weights(spec).to(c.device) @ c.double()))[:, kept]
         report = _report(found) | {"sharing": tuple(round(s, 6) for s in shares), "terms": int(kept.sum())}
-        merged.append(Merged(Factors(b.to(u.dtype), v[:, kept].mT), report, _warnings(spec, found)))
+        merged.append(Merged(Factors(b.to(u.dtype), v[:, kept].mT), report, _warnings(found)))
     return merged
 
 
@@ -212,7 +212,7 @@ def _factors(specs: Sequence[MatrixSpec], stacks: Sequence[Sequence[Factors]]) -
             c, u, v = (x.double() for x in found.factors)
             sides.append(((u * (_weights(spec).to(c.device) @ c)) @ v.mT).to(found.factors[1].dtype))
         report = {f"{name}_{k}": x for name, cp in zip("ab", pair, strict=True) for k, x in _report(cp).items()}
-        warnings = (*_warnings(spec, pair[0]), *_warnings(spec, pair[1]))
+        warnings = (*_warnings(pair[0], "the stack of A: "), *_warnings(pair[1], "the stack of B: "))
         merged.append(Merged(Factors(sides[1], sides[0]), report, warnings))
     return merged
 
@@ -227,5 +227,5 @@ def _report(found: CP) -> dict[str, Any]:
     }
 
 
-def _warnings(spec: MatrixSpec, found: CP) -> tuple[str, ...]:
-    return tuple(f"{spec.name}: {text}" for text in found.diagnostics["warnings"])
+def _warnings(found: CP, what: str = "") -> tuple[str, ...]:
+    return tuple(f"{what}{text}" for text in found.diagnostics["warnings"])
