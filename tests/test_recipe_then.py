@@ -174,6 +174,23 @@ def test_parameters_may_change_with_the_tensor_before_lines(trio: Path, tmp_path
         assert torch.allclose(tensor.float(), want.float(), rtol=2**-7, atol=1e-7), name
 
 
+@pytest.mark.parametrize("method", ["ties", "task_arithmetic"])
+def test_lines_measures_no_slices_of_unlike_numbers_of_models(here: Path, method: str) -> None:
+    """Alpha has one number of models in it, and no tensor's is that of the model."""
+    models = [{"model": f"m{i}", "parameters": {"weight": 1.0}} for i in (1, 2, 3)]
+    slices = [
+        {"sources": [{**m, "layer_range": layers} for m in ({"model": "base"}, *models[:count])]}
+        for layers, count in (([0, 1], 3), ([1, 3], 2))
+    ]
+    data = {"merge_method": method, "base_model": "base", "slices": slices}
+    path = here / "recipe.yml"
+    path.write_text(json.dumps({**data, "then": [{"lines": {"beta": 0.4}}]}))
+    with pytest.raises(MergeError, match=r"asked for alike by all tensors.*another number of models"):
+        cases.plan_of(path, here / "out")
+    path.write_text(json.dumps({**data, "then": [{"lines": {"alpha": 0.2}}]}))
+    assert cases.plan_of(path, here / "out").survey.reads >= 1
+
+
 def test_nan_is_named_before_lines_measures(trio: Path, tmp_path: Path) -> None:
     for method in ("ties", "model_stock"):
         params = BY_TENSOR[method][0]

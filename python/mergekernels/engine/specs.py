@@ -251,7 +251,7 @@ class Specs:
         specs = [self.spec(i) for i in self.members]
         states = [method.start(spec) for spec in specs]
         for spec, state in zip(specs, states, strict=True):
-            if _comparable(state) != _comparable(states[0]):
+            if spec.num_models != specs[0].num_models or _comparable(state) != _comparable(states[0]):
                 raise InputError(
                     "what is measured over the whole model must be asked for alike by all tensors",
                     code="scope.unequal",
