@@ -27,6 +27,10 @@ steps, alarms, ridge."""
 LARGE = 1 << 21
 """Numbers in a core from which one problem is worth several threads of a library."""
 
+_LEAST_PROX = 1e-9
+"""Least proximal weight of native sweeps from starts of their own: they invert Grams, and an inverse of a singular one
+makes the error rise. Explicit factors are for sweeps that are compared with others'."""
+
 
 def least_squares(
     b: torch.Tensor, a: torch.Tensor, ranks: Sequence[int], width: int, problems: int
@@ -100,7 +104,8 @@ def _launch(
         )
         for row, i in enumerate(problems)
     ]
-    common = (shape, owner.data_ptr(), ends.data_ptr(), options.tol, options.prox, sweeps, options.search)
+    prox = max(options.prox, _LEAST_PROX) if options.search else options.prox
+    common = (shape, owner.data_ptr(), ends.data_ptr(), options.tol, prox, sweeps, options.search)
     if far is None:
         _cpu.als(table, *common, options.threads, isa())
         return

@@ -63,7 +63,8 @@ def cp_als(
     init : "auto" (hosvd, gevd, random; after 10 sweeps the two best go on), "hosvd", "gevd", "random", or explicit
         (weights, [C, U, V]), for several modules a list of these: then there is one start and no line search.
     n_starts : 1 or more. max_iter : sweeps, 1 or more. tol : stop where err / ||X|| changes by less, from sweep 2.
-    ridge : relative ridge, shifts the solution. prox : relative proximal weight, does not. seed : of random starts.
+    ridge : relative ridge, shifts the solution. prox : relative proximal weight, does not; native sweeps take 1e-9 for
+        less, except from explicit factors. seed : of random starts.
     strict : what would be a warning (no convergence, degenerate terms, rank above what is there or what the sizes
         identify) is an error.
 
