@@ -86,6 +86,19 @@ def test_arguments_that_are_passed_on(shaped, name, parameters, reason):
     assert fast.stats().passed_on == {name: {reason: 1}}
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["arcee_fusion", "nearswap", "ram", "ramplus_tl", "sce"])
+def test_methods_that_choose_entries_leave_what_is_not_finite_to_the_tool(shaped, name, value):
+    package = shaped()
+    base, *models = tensors(2 if name in ("arcee_fusion", "nearswap") else 3)
+    models[-1][1, 2] = value
+    parameters = {"t": 1.0} if name == "nearswap" else {}
+    with fast.enabled():
+        got = method(package, name).implementation(group_of(package, models, base), **parameters)
+    assert torch.equal(got.nan_to_num(5.0), sum([*models, base]).nan_to_num(5.0))
+    assert fast.stats().passed_on == {name: {"values that are not finite": 1}}
+
+
 def test_calls_that_are_wrong_are_the_tools_to_refuse(shaped):
     package = shaped()
     base, *models = tensors(3)

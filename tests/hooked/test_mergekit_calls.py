@@ -96,13 +96,30 @@ def test_batches_with_values_of_their_own(mk: Any) -> None:
 def test_values_that_are_not_numbers_stay_where_they_were(mk: Any) -> None:
     for case in CASES:
         # Methods that measure the tensor (angles, ranks, norms) spread what is not a number; mergekit does too.
-        if case.method not in ("linear", "task_arithmetic", "nearswap", "passthrough"):
+        if case.method not in ("linear", "task_arithmetic", "passthrough"):
             continue
         tensors = inputs(case, (6, 8))
         tensors[-1][2, 3], tensors[0][4, 5] = float("nan"), float("inf")
         ours, theirs = both(mk, case, tensors)
         assert torch.equal(torch.isnan(ours), torch.isnan(theirs)), case.name
         assert torch.equal(torch.isinf(ours), torch.isinf(theirs)), case.name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [0, -1])
+def test_methods_that_choose_entries_leave_what_is_not_finite_to_mergekit(mk: Any, value: float, place: int) -> None:
+    chosen = ("arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "nearswap", "ram", "ramplus_tl", "sce")
+    cases = {case.method: case for case in CASES if case.method in chosen}
+    assert set(cases) == set(chosen)
+    for case in cases.values():
+        tensors = inputs(case, (6, 8))
+        tensors[place][2, 3] = value
+        theirs = mk.merge_tensors(tensors, case.method, **arguments(case))
+        fast.reset_stats()
+        with fast.enabled():
+            ours = mk.merge_tensors(tensors, case.method, **arguments(case))
+        assert fast.stats().passed_on == {case.method: {"values that are not finite": 1}}
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 def test_what_mergekit_refuses_it_still_refuses(mk: Any) -> None:

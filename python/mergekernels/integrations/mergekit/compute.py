@@ -19,6 +19,9 @@ from .translate import Merge
 
 __all__ = ["linear_batch", "merged", "slerp_batch"]
 
+_NONFINITE = ("arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "nearswap", "ram", "ramplus_tl", "sce")
+"""Methods that rank, compare or count NaN and Inf otherwise than mergekit, which shall answer then."""
+
 
 def merged(merge: Merge, options: Options) -> Any:
     """The merged tensor: of the inputs' shape, and of the dtype that mergekit's own code would give.
@@ -78,10 +81,10 @@ def _run(
     out_dtype: Any,
     groups: int = 1,
 ) -> Any:
+    theirs = method in _NONFINITE and options.nan == "propagate"
+    nan = "error" if theirs else options.nan
     try:
-        call = Call.of(
-            method, arguments, None, "default", options.nan, seed, options.backend, options.threads, shard_dim=0
-        )
+        call = Call.of(method, arguments, None, "default", nan, seed, options.backend, options.threads, shard_dim=0)
         if groups > 1:
             call = replace(call, method=_SlerpOfEach())
         inputs = call.inputs(list(models), base, call.companions, name)
@@ -96,6 +99,8 @@ def _run(
     except DataError as error:
         if error.code == "directions.cancel":
             raise NotServed("the directions cancel") from error
+        if theirs and error.code in ("data.nonfinite", "data.overflow"):
+            raise NotServed("values that are not finite") from error
         raise
 
 
