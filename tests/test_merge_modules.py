@@ -207,6 +207,42 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(spoil: Callable
     assert same(state(out), before)
 
 
+class Views(nn.Module):
+    """Two parameters of one memory."""
+
+    def __init__(self, seed: int, view: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        whole = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
+        self.one = nn.Parameter(whole[:, :2])
+        self.two = nn.Parameter(view(whole))
+
+
+@pytest.mark.parametrize("view", [lambda w: w[:, :2].T, lambda w: w[:, 1:], lambda w: w[3:4], lambda w: w])
+def test_memory_under_two_names_is_refused_in_place(view: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    nets = [Views(1, view), Views(2, view)]
+    want = {name: (t + state(nets[1])[name]) / 2 for name, t in state(nets[0]).items()}
+    before = state(nets[0])
+    with pytest.raises(ArgumentError, match="lies in the same memory") as caught:
+        mk.merge_modules(nets, "linear", weights=1, out=nets[0])
+    assert caught.value.code == "module.overlap"
+    assert same(state(nets[0]), before)
+    assert same(state(mk.merge_modules(nets, "linear", weights=1)), want)
+
+
+def test_memory_of_another_name_in_an_input_is_refused_in_place() -> None:
+    nets, out = [Net(1), Net(2)], Net(4)
+    out.layers[0].weight = nets[1].layers[1].weight
+    with pytest.raises(ArgumentError, match=r"layers\.[01]\.weight.*layers\.[01]\.weight"):
+        mk.merge_modules(nets, "linear", weights=1, out=out)
+
+
+def test_columns_of_one_matrix_are_no_overlap() -> None:
+    nets = [Views(seed, lambda w: w[:, 2:]) for seed in (1, 2)]
+    want = {name: (t + state(nets[1])[name]) / 2 for name, t in state(nets[0]).items()}
+    assert mk.merge_modules(nets, "linear", weights=1, out=nets[0]) is nets[0]
+    assert same(state(nets[0]), want)
+
+
 def test_other_errors() -> None:
     nets = [Net(1), Net(2)]
     nets[1].layers[0].weight.data[3, 4] = float("nan")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["Named", "is_dtensor", "same_module", "tensors_of", "under_names_of"]
+__all__ = ["Named", "is_dtensor", "refuse_overlap", "same_module", "tensors_of", "under_names_of"]
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,62 @@ def same_module(like: Named, given: Named) -> None:
             )
     if problems:
         raise problems[0] if len(problems) == 1 else PlanError(problems)
+
+
+def refuse_overlap(target: Named, inputs: Iterable[Named]) -> None:
+    """Refuse to write into tensors of a module some memory of which is read, or written, under another name.
+
+    Views of different shapes are not seen as tied; a merge in place would read there what it has already written.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    everything = [(name, True, tensor) for name, tensor in target.tensors.items()]
+    everything += [(name, False, given[name]) for given in inputs for name in target.tensors]
+    spans = [(span, name, written, t) for name, written, t in everything if (span := _span(t)) is not None]
+    spans.sort(key=lambda entry: entry[0])
+    near: list[Any] = []
+    for entry in spans:
+        (device, start, _), name, written, tensor = entry
+        near = [(span, *rest) for span, *rest in near if span[0] == device and span[2] > start]
+        for _, other, other_written, held in near:
+            if other != name and (written or other_written) and _meet(tensor, held):
+                raise ArgumentError(
+                    f"'{other}' lies in the same memory, with another shape or in another model",
+                    code="module.overlap",
+                    tensor=name,
+                    expected="tensors that are tied as a whole, or memory of their own",
+                    hint="Without out= the result is a new module.",
+                )
+        near.append(entry)
+
+
+def _span(tensor: Any) -> tuple[str, int, int] | None:
+    """Device and range of addresses."""
+    if is_dtensor(tensor):
+        tensor = tensor.to_local()
+    if not tensor.numel():
+        return None
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return str(tensor.device), start, start + (last + 1) * tensor.element_size()
+
+
+def _meet(one: Any, two: Any) -> bool:
+    """Whether two tensors whose ranges of addresses meet have elements in common: columns of a matrix have none."""
+    import torch
+
+    one, two = (t.to_local() if is_dtensor(t) else t for t in (one, two))
+    size = one.element_size()
+    if size != two.element_size() or (one.data_ptr() - two.data_ptr()) % size:
+        return True
+    first = min(one.data_ptr(), two.data_ptr())
+    offsets = [(t.data_ptr() - first) // size for t in (one, two)]
+    total = max((e[2] - first) // size for e in map(_span, (one, two)) if e is not None)
+    seen = torch.zeros(total, dtype=torch.bool)
+    seen.as_strided(one.shape, one.stride(), offsets[0]).fill_(True)
+    return bool(seen.as_strided(two.shape, two.stride(), offsets[1]).any())
 
 
 def _equal(one: torch.Tensor, two: torch.Tensor) -> bool:

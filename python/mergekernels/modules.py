@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ._entries import common_buffer
 from ._methods.arguments import bind
 from ._methods.modifiers import Then, blocks_of
-from ._module_tensors import Named, is_dtensor, same_module, tensors_of, under_names_of
+from ._module_tensors import Named, is_dtensor, refuse_overlap, same_module, tensors_of, under_names_of
 from ._outputs import into
 from .errors import ArgumentError
 from .matrices import is_matrix_method
@@ -59,8 +59,9 @@ def merge_modules(
     where they are equal, else the base's are taken with a warning, without a base that is an error. Buffers that no
     state dict holds (`persistent=False`), hooks, configs and the training mode are those of the new module's pattern:
     the base, without one the first model. Tied parameters are merged once, under their first name, and stay tied;
-    inputs that are not tied where the result is must have equal values there. A model may lie on several devices, and
-    each model on others: tensors are computed, and end, where the pattern's (or `out`'s) lie.
+    inputs that are not tied where the result is must have equal values there. Tensors that share memory in other ways
+    (a transposed view) become separate in a new module; in place they are refused. A model may lie on several devices,
+    and each model on others: tensors are computed, and end, where the pattern's (or `out`'s) lie.
 
     DTensor parameters must be spread alike in all inputs. Each process merges its shards with the bits of the unsharded
     call; methods that sum over a tensor or rank rows gather one parameter at a time. Methods over matrices and scope
@@ -73,7 +74,7 @@ def merge_modules(
     Raises
     ------
     ArgumentError, InputError, PlanError : meta, quantised or uninitialised tensors, names or shapes that differ, ties
-        that do not hold, placements. DataError, BackendError : as `merge`. All name the parameter.
+        that do not hold, memory that overlaps, placements. DataError, BackendError : as `merge`. All name the tensor.
     """
     from torch import nn
 
@@ -103,6 +104,8 @@ def merge_modules(
             params[name] = [_companion(pattern, c, f"{name} {i}") for i, c in enumerate(companions)]
     inputs = [_Placed(pattern, under_names_of(pattern, m)) for m in read]
     origin = None if common is None else _Placed(pattern, under_names_of(pattern, common))
+    if target is not None:
+        refuse_overlap(target, [*read, *([] if common is None else [common])])
     outs = None if target is None else {name: t.detach() for name, t in pattern.tensors.items()}
     options = dict(weights=weights, seed=seed, dialect=dialect, nan=nan, backend=backend, threads=threads, then=then)
     everything = [pattern, *read, *([] if common is None else [common])]
