@@ -141,6 +141,16 @@ def test_the_variable_fails_open(tmp_path):
     assert "mergekit runs without mergekernels: mergekit was left untouched" in done.stderr
 
 
+def test_the_variable_beside_other_finders(tmp_path):
+    """One of the old kind, which Python passes over, and somebody who asks for the spec before the import."""
+    mergekit_shape.write(tmp_path)
+    old = "import sys; sys.meta_path.insert(1, type('Old', (), {'find_module': lambda *args: None})()); "
+    asked = "import importlib.util; importlib.util.find_spec('mergekit.merge_methods'); "
+    for before in (old, asked):
+        done = run(before + STATE + "; print(type(m.__loader__).__name__)", tmp_path, "1")
+        assert (done.stdout, done.stderr) == ("True\nSourceFileLoader\n", ""), before
+
+
 def test_without_mergekit_nothing_happens(tmp_path):
     done = run("print('runs')", tmp_path, "report")
     assert (done.returncode, done.stdout, done.stderr) == (0, "runs\n", "")

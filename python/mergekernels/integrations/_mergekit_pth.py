@@ -53,13 +53,12 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != _MODULE:
             return None
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
         for finder in list(sys.meta_path):
-            spec = finder.find_spec(fullname, path, target)
+            find = None if finder is self else getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = None if find is None else find(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader, self.report)
+                    spec.loader = _Loader(spec.loader, self)
                 return spec
         return None
 
@@ -67,14 +66,17 @@ class _Finder(MetaPathFinder):
 class _Loader(Loader):
     """Executes the module with its own loader, gives it that loader back, and switches on."""
 
-    def __init__(self, loader: Loader, report: bool) -> None:
+    def __init__(self, loader: Loader, finder: _Finder) -> None:
         self.loader = loader
-        self.report = report
+        self.finder = finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        # Only now: who asks for the spec may not import at all.
+        if self.finder in sys.meta_path:
+            sys.meta_path.remove(self.finder)
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         module.__loader__ = self.loader
@@ -85,5 +87,5 @@ class _Loader(Loader):
         except Exception as error:
             print(f"mergekernels: mergekit runs without mergekernels: {error}", file=sys.stderr)
             return
-        if fail_open("mergekit", enable) and self.report:
+        if fail_open("mergekit", enable) and self.finder.report:
             atexit.register(_report)
