@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,20 @@ def test_what_would_be_lost_is_refused_and_left_to_peft_in_its_dialect() -> None
         dora.add_weighted_adapter(["a0", "a1"], [1.0, 1.0], "ours", combination_type="svd")
     (reasons,) = (r for n, r in fast.stats().passed_on.items() if n.startswith("add_weighted"))
     assert reasons == {"a variant of LoRA": 1}
+
+
+def test_trained_modules_that_are_not_combined_are_warned_of() -> None:
+    configs = lora(targets=["q_proj"], modules_to_save=["head"]), lora(targets=["q_proj"])
+    model = adapted(*configs)
+    head = model.base_model.model.head
+    head.modules_to_save["a0"].weight.data.fill_(5.0)
+    with fast.enabled(), pytest.warns(UserWarning, match=r"modules_to_save of adapter 'a0' \(head\) are not combined"):
+        model.add_weighted_adapter(["a0", "a1"], [1.0, 1.0], "ours", combination_type="svd")
+    assert torch.equal(head.modules_to_save["ours"].weight, head.original_module.weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with fast.enabled(dialect="peft"):
+            model.add_weighted_adapter(["a0", "a1"], [1.0, 1.0], "theirs", combination_type="svd")
 
 
 def test_what_is_passed_on_is_peft_bit_for_bit() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import MergeError
 from .._hooks import NotServed
-from ._config import put_right, refuse_lossy
+from ._config import put_right, refuse_lossy, tell_uncombined
 from ._layers import Slot, common_device, module_in, slot_of
 from ._products import Request, combined
 
@@ -73,6 +73,7 @@ class Combining:
                 return
             if not self._options.exact:
                 refuse_lossy(model, adapters, weights)
+                tell_uncombined(model, adapters)
                 _tell_ignored(adapters, combination_type, args, kwargs)
             # Its dictionary, since a module without the attribute looks for it at length.
             layers = {name: m for name, m in model.model.named_modules() if "lora_embedding_A" in m._modules}

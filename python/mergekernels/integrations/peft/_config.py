@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from ...errors import ArgumentError
 from ...formats.adapters.write_peft import rank_patterns
 from ._layers import slot_of
 
-__all__ = ["put_right", "refuse_lossy"]
+__all__ = ["put_right", "refuse_lossy", "tell_uncombined"]
 
 _LOST = {
     "use_dora": "magnitudes (DoRA)",
@@ -45,6 +46,18 @@ def refuse_lossy(model: Any, adapters: Sequence[str], weights: Sequence[float]) 
                     expected="adapters that are B A alone",
                     hint=hint,
                 )
+
+
+def tell_uncombined(model: Any, adapters: Sequence[str]) -> None:
+    """Warn of whole modules that adapters have trained: PEFT gives the new adapter the base's."""
+    for name in adapters:
+        modules = getattr(model.peft_config.get(name), "modules_to_save", None)
+        if modules:
+            warnings.warn(
+                f"modules_to_save of adapter '{name}' ({', '.join(map(str, modules))}) are not combined: PEFT gives "
+                "the new adapter the base's",
+                stacklevel=4,
+            )
 
 
 def put_right(model: Any, adapter: str, layers: Mapping[str, Any]) -> None:
