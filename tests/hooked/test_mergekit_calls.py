@@ -122,6 +122,14 @@ def test_methods_that_choose_entries_leave_what_is_not_finite_to_mergekit(mk: An
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
+def test_another_default_device_does_not_matter_to_the_recognition(mk: Any) -> None:
+    tensors = inputs(CASES[0], (6, 8))
+    fast.reset_stats()
+    with torch.device("meta"), fast.enabled():
+        mk.merge_tensors(tensors, "ramplus_tl", base_index=0)
+    assert fast.stats().served == {"ramplus_tl": 1}
+
+
 def test_what_mergekit_refuses_it_still_refuses(mk: Any) -> None:
     case = arithmetic("della", density=0.9, epsilon=0.3)
     with fast.enabled(), pytest.raises(ValueError, match="Epsilon must be chosen"):

@@ -451,6 +451,12 @@ def test_another_version_is_left_untouched(changed: Any, monkeypatch: pytest.Mon
     assert {name: method(name).__wrapped__ for name in METHODS} == before
 
 
+def test_another_default_device_does_not_matter() -> None:
+    original = method("ties_sum").__wrapped__
+    with torch.device("meta"), hook.enabled():
+        assert method("ties_sum").__wrapped__ is not original
+
+
 def test_everything_is_put_back() -> None:
     before = {name: method(name).__wrapped__ for name in METHODS}
     merge_key = type(method("ties_sum")).merge_key

@@ -126,7 +126,8 @@ def _compared(ours: Any, their: Any) -> str | None:
     import torch
 
     try:
-        with torch.no_grad():
+        # Whatever default device the user has set is not that of the numbers.
+        with torch.no_grad(), torch.device("cpu"):
             theirs = their()
     except Exception as error:
         return f"raises {type(error).__name__} on a plain call"
