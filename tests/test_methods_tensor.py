@@ -119,6 +119,24 @@ class TestFrames:
         ties = delta("compress_then_merge", [stack[0]] * 3, inner="ties", density=1.0)
         assert relative(ties, dense(stack)[0]) < 1e-10
 
+    @pytest.mark.parametrize("method", ["compress_then_merge", "tucker_merge"])
+    def test_matrix_methods_on_the_cores(self, method: str) -> None:
+        """A frame that holds everything: iso_c of the cores is the polar factor of the weighted sum, at one strength;
+        tsv_m keeps the sum of adapters that have no directions in common."""
+        g = torch.Generator().manual_seed(5)
+        left, right = (torch.linalg.qr(torch.randn(n, 6, generator=g, dtype=torch.float64))[0] for n in (30, 25))
+        s = torch.tensor([3.0, 2.0], dtype=torch.float64)
+        stack = [(left[:, i : i + 2] * s, right[:, i : i + 2].T.contiguous()) for i in (0, 2, 4)]
+        frame: dict[str, Any] = {"frame_rank": 6} if method == "compress_then_merge" else {"energy_share": 0.999999}
+        weights = [1.0, -0.5, 2.0]
+        whole = sum(w * d for w, d in zip(weights, dense(stack), strict=True))
+        found = delta(method, stack, inner="iso_c", weights=weights, **frame)
+        u, sigma, vh = torch.linalg.svd(whole, full_matrices=False)  # type: ignore[arg-type]
+        assert relative(found, sigma[:6].mean() * (u[:, :6] @ vh[:6])) < 1e-5
+        assert relative(delta(method, stack, inner="tsv_m", weights=weights, **frame), whole) < 1e-5  # type: ignore[arg-type]
+        with pytest.raises(MergeError, match="inner method iso_c has no parameter 'density'"):
+            delta(method, stack, inner="iso_c", density=0.5, **frame)
+
     def test_tucker_merge_takes_the_columns_that_hold_the_energy(self) -> None:
         stack = random_stack((4, 3, 5), 20, 15)
         found = merged("tucker_merge", stack, energy_share=0.6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ...errors import MergeError
@@ -14,16 +15,19 @@ from ..protocol import MethodInfo, Param
 from .common import FOLD_SCALE, LAMBDA, MANY, WEIGHT
 
 if TYPE_CHECKING:
+    import torch
+
     from ...adapters.model import Delta, Factors
 
 __all__ = ["CompressThenMerge", "TuckerMerge"]
 
+_SPECTRAL = ("tsv_m", "iso_c")
 _INNER = Param(
     "inner",
     "str",
-    "what merges the cores, element by element in a basis that the stack fixes",
+    "what merges the cores: element by element in a basis that the stack fixes, or as matrices (tsv_m, iso_c)",
     default="task_arithmetic",
-    choices=ELEMENTWISE,
+    choices=(*ELEMENTWISE, *_SPECTRAL),
 )
 _ITERATION = (
     Param("max_iter", "int", "sweeps of the iteration for the frame", default=1000, low=1, high=1000000),
@@ -41,6 +45,9 @@ class _Framed(PerMatrix):
 
     def check(self, params: Mapping[str, Any], dialect: str) -> list[str]:
         """The inner method must take its parameters, and every adapter."""
+        if params["inner"] in _SPECTRAL:
+            given = [p.name for p in inner_params(ELEMENTWISE) if _given(params[p.name])]
+            return [f"inner method {params['inner']} has no parameter '{p}'" for p in given]
         try:
             Inner.of(params["inner"], params, params["weight"], "tensor", {})
         except MergeError as error:
@@ -65,8 +72,7 @@ class _Framed(PerMatrix):
             return Merged(factors[0], {"frame": (0, 0), "error": 0.0})
         size, weights = self.frame(spec, factors)
         found = tucker(list(factors), size, weights=weights, max_iter=params["max_iter"], tol=params["tol"])
-        inner = Inner.of(params["inner"], params, params["weight"], "tensor", {})
-        merged = run_inner(inner, list(found.cores), spec.name, spec.seed)
+        merged = _inner(spec, found.cores)
         u, v = found.u, found.v
         report = {
             "frame": tuple(found.cores.shape[1:]),
@@ -78,6 +84,27 @@ class _Framed(PerMatrix):
         if not found.converged:
             warnings = (f"the frame did not converge in {params['max_iter']} sweeps",)
         return Merged(Factors((u.double() @ merged.double()).to(u.dtype), v.mT), report, warnings)
+
+
+def _inner(spec: MatrixSpec, cores: torch.Tensor) -> torch.Tensor:
+    """The inner method's merge of the cores [T, p, q]; the matrix methods see them as task vectors of their own."""
+    from ...adapters.model import Factors
+    from ..arguments import bind_matrix
+    from ..matrix_table import get_matrix
+
+    params = spec.params
+    name = params["inner"]
+    if name not in _SPECTRAL:
+        return run_inner(Inner.of(name, params, params["weight"], "tensor", {}), list(cores), spec.name, spec.seed)
+    method = get_matrix(name, "models")
+    bound = bind_matrix(method, {"weights": list(params["weight"])}, len(cores), "default", spec.name)
+    inside = replace(spec, shape=tuple(cores.shape[1:]), params=bound, dialect="default")
+    delta = method.merge(inside, list(cores)).delta
+    return delta.dense() if isinstance(delta, Factors) else delta
+
+
+def _given(value: Any) -> bool:
+    return any(v is not None for v in value) if isinstance(value, tuple) else value is not None
 
 
 class CompressThenMerge(_Framed):
