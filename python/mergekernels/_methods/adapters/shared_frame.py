@@ -98,7 +98,8 @@ def _inner(spec: MatrixSpec, cores: torch.Tensor) -> torch.Tensor:
         return run_inner(Inner.of(name, params, params["weight"], "tensor", {}), list(cores), spec.name, spec.seed)
     method = get_matrix(name, "models")
     bound = bind_matrix(method, {"weights": list(params["weight"])}, len(cores), "default", spec.name)
-    inside = replace(spec, shape=tuple(cores.shape[1:]), params=bound, dialect="default")
+    rows, columns = cores.shape[1:]
+    inside = replace(spec, shape=(rows, columns), params=bound, dialect="default")
     delta = method.merge(inside, list(cores)).delta
     return delta.dense() if isinstance(delta, Factors) else delta
 
