@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 
 from .._native import to_torch
 from ..ops.learned import MaskMerge, Relaxed, SegDot
-from ..tensors import CANONICAL_BLOCK, F32, DType, Piece, TensorView
+from ..tensors import F32, DType, Piece, TensorView
 from . import _cuda_launches as launches
 from ._cuda_plan import address
 from ._device import Operands, operands
+from ._gpu_learned import block_sums, hand_over, operand
 
 if TYPE_CHECKING:
-    import torch
-
     from .._cpu import BlockSums
 
 __all__ = ["mask_merge", "mask_sum", "seg_dot"]
@@ -39,8 +38,8 @@ def seg_dot(
     if piece.numel == 0:
         return
     inputs = operands(base, models, compute)
-    slope, z = _one(gradient, compute), _one(logits, compute)
-    found = _room(len(models) * request.groups, piece, inputs)
+    slope, z = operand(gradient, compute), operand(logits, compute)
+    found = block_sums(len(models) * request.groups, piece, inputs)
     with launches.launching():
         launches.native().seg_dot(
             request.groups,
@@ -56,7 +55,7 @@ def seg_dot(
             found.data_ptr(),
             *launches.queue_of(found),
         )
-    _keep(found, sums, piece)
+    hand_over(found, sums, piece)
 
 
 def mask_sum(
@@ -66,12 +65,12 @@ def mask_sum(
     if piece.numel == 0:
         return
     z = operands(None, [logits], compute)
-    found = _room(1, piece, z)
+    found = block_sums(1, piece, z)
     with launches.launching():
         launches.native().mask_sum(
             _mask(request), launches.box(piece), _side(z), compute.code, found.data_ptr(), *launches.queue_of(found)
         )
-    _keep(found, sums, piece)
+    hand_over(found, sums, piece)
 
 
 def mask_merge(
@@ -92,7 +91,7 @@ def mask_merge(
     if piece.numel == 0:
         return
     inputs = operands(base, models, compute)
-    slope, z = _one(gradient, compute), _one(logits, compute)
+    slope, z = operand(gradient, compute), operand(logits, compute)
     target = to_torch(out)
     result = target if target.is_contiguous() else torch.empty(target.shape, dtype=target.dtype, device=target.device)
     with launches.launching():
@@ -114,10 +113,6 @@ def mask_merge(
         target.copy_(result)
 
 
-def _one(view: TensorView | None, compute: DType) -> Operands | None:
-    return None if view is None else operands(None, [view], compute)
-
-
 def _side(found: Operands | None) -> tuple[int, int]:
     """Address and dtype of an input with a dtype of its own."""
     return (0, F32.code) if found is None else (address(found.present[0]), found.dtype.code)
@@ -125,17 +120,3 @@ def _side(found: Operands | None) -> tuple[int, int]:
 
 def _mask(mask: Relaxed) -> tuple[float, float, int, int]:
     return (mask.temperature, mask.mean, mask.seed, mask.tensor)
-
-
-def _room(slots: int, piece: Piece, inputs: Operands) -> torch.Tensor:
-    """A number for each slot and canonical block."""
-    import torch
-
-    blocks = -(-piece.numel // CANONICAL_BLOCK)
-    return torch.empty((slots, blocks), dtype=torch.float64, device=inputs.present[0].device)
-
-
-def _keep(found: torch.Tensor, sums: BlockSums, piece: Piece) -> None:
-    host = found.cpu()
-    for slot in range(host.shape[0]):
-        sums.set(slot, 0, piece.g0 // CANONICAL_BLOCK, memoryview(host[slot].numpy()))  # type: ignore[arg-type]

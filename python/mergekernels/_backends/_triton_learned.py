@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from .._native import to_torch, torch_dtype
 from ..ops.learned import MaskMerge, Relaxed, SegDot
-from ..tensors import BF16, CANONICAL_BLOCK, F32, DType, Piece, TensorView
+from ..tensors import BF16, F32, DType, Piece, TensorView
 from ._device import Operands, operands
+from ._gpu_learned import block_sums, hand_over, operand
 from ._triton_ranks import run
 from ._triton_tables import interpreted, kernels
 
@@ -36,16 +37,14 @@ def seg_dot(
     threads: int,
 ) -> None:
     """See dispatch.LearnedBackend. `threads` has no effect."""
-    import torch
 
     if piece.numel == 0:
         return
     inputs = operands(base, models, compute)
-    slope, z = operands(None, [gradient], compute), _one(logits, compute)
+    slope, z = operands(None, [gradient], compute), operand(logits, compute)
     device = inputs.present[0].device
     num_slots = len(models) * request.groups
-    blocks = -(-piece.numel // CANONICAL_BLOCK)
-    found = torch.empty((num_slots, blocks), dtype=torch.float64, device=device)
+    found = block_sums(num_slots, piece, inputs)
     tables = _tables(piece, inputs, slope, z, (request.seed, request.tensor), request.mask, 0)
     constants = {
         "NUM_MODELS": len(models),
@@ -54,32 +53,28 @@ def seg_dot(
         **_dtypes(inputs, slope, z, compute),
         "BLOCKS": kernels("learned").SUM_BLOCKS,
     }
-    grid = (num_slots * -(-blocks // kernels("learned").SUM_BLOCKS),)
+    grid = (num_slots * -(-found.shape[1] // kernels("learned").SUM_BLOCKS),)
     arguments = (tables[0], _coefficients(request.mask, None, (), compute, device), found)
     run(kernels("learned").seg_dot_kernel, grid, arguments, constants)
-    host = found.cpu()
-    for slot in range(num_slots):
-        sums.set(slot, 0, piece.g0 // CANONICAL_BLOCK, _doubles(host[slot]))
+    hand_over(found, sums, piece)
 
 
 def mask_sum(
     request: Relaxed, sums: BlockSums, piece: Piece, logits: TensorView, *, compute: DType, threads: int
 ) -> None:
     """See dispatch.LearnedBackend. `threads` has no effect."""
-    import torch
 
     if piece.numel == 0:
         return
     z = operands(None, [logits], compute)
     device = z.present[0].device
-    blocks = -(-piece.numel // CANONICAL_BLOCK)
-    found = torch.empty(blocks, dtype=torch.float64, device=device)
+    found = block_sums(1, piece, z)
     tables = _tables(piece, None, None, z, (0, 0), request, 0)
     constants = {"LOGITS": z.dtype.code, "COMPUTE": compute.code, "BLOCKS": kernels("learned").SUM_BLOCKS}
-    grid = (-(-blocks // kernels("learned").SUM_BLOCKS),)
+    grid = (-(-found.shape[1] // kernels("learned").SUM_BLOCKS),)
     arguments = (tables[0], _coefficients(request, None, (), compute, device), found)
     run(kernels("learned").mask_sum_kernel, grid, arguments, constants)
-    sums.set(0, 0, piece.g0 // CANONICAL_BLOCK, _doubles(found.cpu()))
+    hand_over(found, sums, piece)
 
 
 def mask_merge(
@@ -98,7 +93,7 @@ def mask_merge(
     import torch
 
     inputs, z = operands(base, models, compute), operands(None, [logits], compute)
-    slope = _one(gradient, compute)
+    slope = operand(gradient, compute)
     target = to_torch(out)
     result = target if target.is_contiguous() else torch.empty(target.shape, dtype=target.dtype, device=target.device)
     common = kernels("_common")
@@ -123,10 +118,6 @@ def mask_merge(
         run(kernel, (1,), (tables[1], coefficients, written), constants | {"MASKED": True})
     if result is not target:
         target.copy_(result)
-
-
-def _one(view: TensorView | None, compute: DType) -> Operands | None:
-    return None if view is None else operands(None, [view], compute)
 
 
 def _dtypes(inputs: Operands, slope: Operands | None, z: Operands | None, compute: DType) -> dict[str, Any]:
@@ -176,7 +167,3 @@ def _coefficients(
     numbers = [1.0, 1.0] if mask is None else [mask.temperature, mask.mean]
     numbers += [0.0 if shift is None else shift, 0.0, *weights]
     return torch.tensor(numbers, dtype=torch.float64).to(torch_dtype(compute)).to(device)
-
-
-def _doubles(x: torch.Tensor) -> memoryview:
-    return memoryview(x.contiguous().numpy())  # type: ignore[arg-type]
